@@ -72,6 +72,13 @@ COMMANDS = {
         "ingest",
         "bclip train CONFIG.toml --data.shards {dataset}",
     ),
+    "ingest label": Command(
+        "tell the kind of each figure, and select pairs",
+        "bclip_fast.ingest.label:LabelConfig",
+        "bclip_fast.ingest.label:run",
+        "ingest",
+        "bclip ingest report {dataset}, then bclip train CONFIG.toml --data.shards {dataset}",
+    ),
     "ingest report": Command(
         "write an HTML page about a dataset",
         "bclip_fast.ingest.report:ReportConfig",

@@ -100,7 +100,8 @@ def best(function: Any) -> float:
 _BUILD = """
 import json, sys, time
 from pathlib import Path
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 start, used = time.perf_counter(), time.process_time()
 build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=1, val_fraction=0, test_fraction=0))
 counts = json.loads((Path(sys.argv[2]) / "dataset.json").read_text())["ingest"]

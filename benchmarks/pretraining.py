@@ -17,7 +17,8 @@ from pathlib import Path
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.writer import ShardWriter
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.sanitize import sanitize
 
 

@@ -29,7 +29,8 @@ from bclip_fast.eval import retrieval
 from bclip_fast.eval.datasets import open_dataset
 from bclip_fast.eval.datasets.subset import SubsetDataset
 from bclip_fast.eval.embed import Embedder
-from bclip_fast.ingest.build import IngestConfig, build
+from bclip_fast.ingest.build import build
+from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.io.atomic import write_text
 from bclip_fast.io.jsonl import read_lines
 from bclip_fast.io.runs import METRICS

@@ -144,7 +144,8 @@ def _sample(rng: random.Random) -> tuple[np.ndarray, int] | None:
 def make_samples(num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return glyphs, (num, SIDE * SIDE) uint8, and classes, (num,) int64."""
     rng = random.Random(seed)
-    glyphs, labels = [], []
+    glyphs: list[np.ndarray] = []
+    labels: list[int] = []
     while len(glyphs) < num:
         if sample := _sample(rng):
             glyphs.append(sample[0].ravel())

@@ -10,9 +10,11 @@ import numpy as np
 
 from bclip_fast.errors import UserError
 
+from .shards.filtered import FilteredDataset
 from .shards.format import CAPTION
+from .shards.manifest import MANIFEST
 from .shards.mixed import Dataset, MixedDataset
-from .shards.positives import MANIFEST, texts_of_row
+from .shards.positives import texts_of_row
 from .shards.reader import ShardDataset
 from .shards.tar_dataset import TarDataset
 from .storage import LocalStorage
@@ -79,6 +81,8 @@ def _lengths_of(
     kinds: Sequence[str],
 ) -> np.ndarray:
     """The number of tokens of the longest text of each sample of one dataset."""
+    if isinstance(dataset, FilteredDataset):
+        return _lengths_of(dataset.unfiltered, tokenize, share, kinds)[dataset.rows]
     if isinstance(dataset, TarDataset):
         return _lengths_in_tars(dataset, tokenize, share)
     path = dataset.storage.path(MANIFEST)

@@ -23,6 +23,7 @@ from .batch import BadRecord, Batch, TeacherFeatures
 from .caption_lengths import within_limit
 from .daemon_pool import DaemonPool
 from .image_files import ImageError, is_upright_jpeg, open_image
+from .long_texts import LongTexts
 from .pending import Cursor, Part, PendingBatch, cancel_parts
 from .sampler import ShardSampler
 from .shards.format import Sample
@@ -65,6 +66,7 @@ class Loader:
         groups: the group of each sample of the dataset (shards/positives.py), for `Batch.groups`.
         captions: weights of the kinds of texts. Each epoch draws one text of each sample.
         teacher: a teacher's features of the dataset, for `Batch.teacher`.
+        long_texts: divides the texts that are too long. Each epoch draws one part. None: `tokenize` cuts them.
 
     Raises, from `__next__`, and closes the loader:
         ReadError: the storage failed.
@@ -89,6 +91,7 @@ class Loader:
         groups: np.ndarray | None = None,
         captions: CaptionWeights | None = None,
         teacher: TeacherFeatures | None = None,
+        long_texts: LongTexts | None = None,
     ) -> None:
         if num_threads < 1 or prefetch_batches < 0 or timeout_s <= 0:
             raise UserError(
@@ -104,6 +107,7 @@ class Loader:
         self._pin = pin_memory
         self._timeout_s = timeout_s
         self._groups, self._teacher = groups, teacher
+        self._long_texts = long_texts
         self._texts = TextChoice(captions or CaptionWeights(), sampler.seed)
         self._stop = threading.Event()
         self._pool = DaemonPool(num_threads, "bclip-loader")
@@ -221,6 +225,10 @@ class Loader:
                 )
         intact = [sample for sample in samples if isinstance(sample, Sample)]
         captions = list(map(self._texts.text, passes, indices, intact))
+        if self._long_texts is not None:
+            parts = self._long_texts.parts(captions)
+            numbers = map(self._texts.draw_part, passes, indices, map(len, parts))
+            captions = [each[number] for each, number in zip(parts, numbers, strict=True)]
         tokens, replaced = self._tokenize(captions), {record.position for record in bad}
         for row, limit in enumerate(limits):
             if limit is not None:

@@ -80,14 +80,22 @@ class TextChoice:
             return CAPTION, 0
         if len(weights) == 1 and len(texts[kind := next(iter(weights))]) == 1:
             return kind, 0
-        state = _mix(self._state(number) ^ (index + 1) * _GOLDEN & _MASK)
-        first, second = _mix(state + _GOLDEN & _MASK), _mix(state + 2 * _GOLDEN & _MASK)
+        first, second = self._random(number, index, 1), self._random(number, index, 2)
         remaining = first / 2**64 * sum(weights.values())
         for kind in weights:
             remaining -= weights[kind]
             if remaining < 0:
                 break
         return kind, second * len(texts[kind]) >> 64
+
+    def draw_part(self, number: int, index: int, num_parts: int) -> int:
+        """Return the part of a long text that a sample draws, from 0 to `num_parts` - 1. `draw` describes the rest."""
+        return self._random(number, index, 3) * num_parts >> 64
+
+    def _random(self, number: int, index: int, place: int) -> int:
+        """Return one of a sample's random numbers of 64 bits."""
+        state = _mix(self._state(number) ^ (index + 1) * _GOLDEN & _MASK)
+        return _mix(state + place * _GOLDEN & _MASK)
 
     def _state_of_pass(self, number: int) -> int:
         return _mix(_mix((self._seed + 1) * _GOLDEN & _MASK) ^ (number + 1) * _GOLDEN & _MASK)

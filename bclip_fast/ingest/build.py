@@ -3,6 +3,7 @@
 The build has three stages. Processes share the tasks of a stage, and each task writes its files atomically:
 
 1. Extract the pairs of each package of articles into a part (`extract`). A part depends only on the package's files.
+   With `panel_model`, a detector finds the panels of all packages before that (`panel_boxes`).
 2. Make a plan from all parts (`assign`): remove repeated articles and leaks, assign each pair its split and shard.
 3. Write the shards (`dataset`), then the manifest, the rejects and dataset.json.
 
@@ -35,13 +36,17 @@ from bclip_fast.io.progress import track
 from . import executors
 from .articles import FetchError, Package, SourceError
 from .assign import Shard, Splits, make_plan
+from .box_files import boxes_path, counts_path
 from .config import IngestConfig
 from .dataset import ShardTask, write_rejects, write_shard
 from .discovery import discover
 from .extract import PartTask, extract_part
 from .object_store import is_address, is_mirror, open_store
+from .panel_boxes import GROUP, BoxTask, copy_model, count_boxes, find_boxes, groups, model_identity
+from .panels.detector_files import model_files
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import discover_objects, select
+from .selection import log_selection
 from .unfinished import can_resume, recorded_options, work_signature
 
 log = logging.getLogger(__name__)
@@ -85,14 +90,18 @@ def _build(config: IngestConfig, staging: Staging) -> None:
     if config.texts and recorded_options(staging.path) == json.loads(to_json(without_texts.signature())):
         log.warning("%s: the unfinished build keeps no texts, so this run doesn't either", config.out)
         config = without_texts
-    signature = work_signature(config.signature(), config.tokenizer)
+    model = model_files(config.panel_model) if config.panel_model else {}
+    signature = work_signature(config.signature(), config.tokenizer, model_identity(model) if model else "")
     if not can_resume(config.allow_changes, staging.path, signature):
         staging.clear()
         work.mkdir()
     if work.is_dir():
         write_text(work / "signature.json", to_json(signature))
     if not (staging.path / "dataset.json").exists():
-        num_parts = _write_parts(config, work)
+        num_parts = _list_packages(config, work)
+        if model:
+            _write_boxes(config, work, num_parts, copy_model(model, work))
+        _write_parts(config, work, num_parts)
         counts = _load_or_make_plan(config, work, num_parts)
         shards = [Shard(*shard) for shard in counts.pop("shards")]
         descriptions = _write_shards(config, work, shards)
@@ -125,26 +134,63 @@ def list_packages(config: IngestConfig) -> Iterator[Package]:
         raise UserError(f"{error}; run it again") from None
 
 
-def _write_parts(config: IngestConfig, work: Path) -> int:
-    """Run stage 1. Return the number of parts. A resumed run uses the list of packages that the first run made."""
+def _list_packages(config: IngestConfig, work: Path) -> int:
+    """List the packages. Return their number. A resumed run uses the list that the first run made."""
     package_list = work / "packages.jsonl"
     if not package_list.exists():
         with replacing(package_list) as partial, partial.open("w", encoding="utf-8") as file:
             # ASCII, because a name that is not UTF-8 holds lone surrogates.
             file.writelines(json.dumps(dataclasses.asdict(package)) + "\n" for package in list_packages(config))
-    with package_list.open(encoding="utf-8") as file:
-        num_parts = sum(1 for _ in file)
-    if not num_parts:
+    num_packages = sum(1 for _ in _packages(work))
+    if not num_packages:
         raise _NothingToBuildError(f"source={config.source} has no article (*.nxml, *.xml, *.tar, *.tar.gz, *.tgz)")
+    return num_packages
+
+
+def _packages(work: Path) -> Iterator[Package]:
+    with (work / "packages.jsonl").open(encoding="utf-8") as file:
+        for line in file:
+            values = json.loads(line)
+            yield Package(**{**values, "items": tuple(values["items"])})
+
+
+def _write_boxes(config: IngestConfig, work: Path, num_parts: int, model: Path) -> None:
+    """Find the panels of all packages. The file of the counts comes last."""
+    folder, num_groups = work / "boxes", -(-num_parts // GROUP)
+    if counts_path(folder).exists():
+        return
+    settings = str(model), config.panel_score, config.panel_batch_size
+
+    def tasks() -> Iterator[BoxTask]:
+        for number, packages in groups(_packages(work)):
+            if not boxes_path(folder, number).exists():
+                yield BoxTask(str(folder), number, packages, config.options(), *settings)
+
+    num_left = sum(1 for _ in tasks())
+    results = find_boxes(config.engine, tasks(), config.workers)
+    _raise_for_failures(
+        [reason for _, reason in _with_progress("panel boxes", results, num_left) if reason], num_groups
+    )
+    write_text(counts_path(folder), to_json(count_boxes(folder, num_groups)))
+
+
+def _raise_for_failures(failures: list[str], total: int) -> None:
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {total} packages could not be fetched (the first: {failures[0]}); "
+            "run it again: the other packages are kept"
+        )
+
+
+def _write_parts(config: IngestConfig, work: Path, num_parts: int) -> None:
+    """Run stage 1."""
     parts, options = str(work / "parts"), config.options()
 
     def tasks() -> Iterator[PartTask]:
-        with package_list.open(encoding="utf-8") as file:
-            for number, line in enumerate(file):
-                if not part_paths(parts, number)[1].exists():
-                    values = json.loads(line)
-                    package = Package(**{**values, "items": tuple(values["items"])})
-                    yield PartTask(parts, number, package, options)
+        for number, package in enumerate(_packages(work)):
+            if not part_paths(parts, number)[1].exists():
+                boxes = str(boxes_path(work / "boxes", number // GROUP)) if config.panel_model else ""
+                yield PartTask(parts, number, package, options, boxes)
 
     num_left = sum(1 for _ in tasks())
     if num_left < num_parts:
@@ -158,12 +204,7 @@ def _write_parts(config: IngestConfig, work: Path) -> int:
             write_part(parts, task.number, rejects)
         elif result:
             failures.append(result)
-    if failures:
-        raise UserError(
-            f"{len(failures)} of {num_parts} packages could not be fetched (the first: {failures[0]}); "
-            "run it again: the other packages are kept"
-        )
-    return num_parts
+    _raise_for_failures(failures, num_parts)
 
 
 def _load_or_make_plan(config: IngestConfig, work: Path, num_parts: int) -> dict[str, Any]:
@@ -213,6 +254,10 @@ def _finish(
         (work / f"shards/{shard.name}.rows", result["types"]) for shard, result in zip(shards, written, strict=True)
     ]
     write_manifest(folder, rows)
+    selection = {}
+    if config.filter:
+        log_selection(folder, config.filter)
+        selection = {"filter": config.filter}
     kinds = write_rejects(folder / "rejects.parquet", part_rejects(work, num_parts))
     splits: dict[str, list[dict[str, Any]]] = {}
     for shard, result in zip(shards, written, strict=True):
@@ -233,7 +278,10 @@ def _finish(
     totals = counts["articles"], counts["pairs"], by_split, _format_counts(kinds)
     log.info("%s articles, %s pairs (%s); rejects: %s", *totals)
     info = {**counts, "rejects": dict(sorted(kinds.items())), "config": config.signature()}
-    write_description(folder, splits, {"ingest": info}, config.version)
+    if config.panel_model:
+        identity = json.loads((work / "signature.json").read_bytes())["panel_model"]
+        info["panel_model"] = {"sha256": identity, **json.loads(counts_path(work / "boxes").read_bytes())}
+    write_description(folder, splits, {"ingest": info, **selection}, config.version)
 
 
 def _format_counts(kinds: Counter[str]) -> str:

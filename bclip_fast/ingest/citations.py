@@ -6,7 +6,10 @@
 - "as described in" and "adapted from" are dropped with the number that they refer to.
 - A reference by name stays if it is a part of the sentence, as in "data from Smith et al., 2010".
   "The methods of (Smith, 2010)" loses its bracket. Inside a bracket, a name stays only if other words refer to it.
+- A bracket may name a reference in plain text ("Smith et al., 2010", "Smith and Doe 2010"), or in front of a year that
+  is a reference. Such a name is a part of the reference. One name and a year in plain text stay: they may be a place.
 - Dropping a reference never joins the words around it, and a reference that stays never touches a word.
+- No space remains behind an opening bracket, or in front of a closing one, a comma or a full stop.
 
 Digits of different height never form one number: 10 to the 6th becomes "10 6". Other scripts join: CO2, 25th, Ca2+.
 """
@@ -31,6 +34,22 @@ _WORD = re.compile(r"[^\W\d_]{3,}")
 _SIGN = "[+\\-\u2010-\u2013\u2212]"
 _INTO_SCRIPT = re.compile(rf"(?<=\d)\x04*\x03+(?=\s?{_SIGN}?\s?\d)")
 _OUT_OF_SCRIPT = re.compile(r"(?<=\d)\x04+(?=\d)")
+_SURNAME = (
+    r"(?:(?:[Vv]an|[Vv]on|[Dd]e|der|den|[Dd]a|[Dd]i|[Ll]a|[Ll]e|[Ee]l|[Dd]os)\s){0,3}"
+    r"[A-Z\u00c0-\u00de][\w'\u2019\u2010-]{1,30}"
+)
+_SEVERAL = rf"{_SURNAME}\s(?:et\sal\.?|(?:and|&)\s{_SURNAME})"
+_YEAR = r"(?:19|20)\d\d[a-z]?"
+_LEAD = (
+    r"(?:(?:see(?: also)?|e\.g\.,?|cf\.|reviewed in|"
+    r"(?:(?:adapted|modified|reproduced|redrawn|taken)\s)?(?:from|after))\s)?"
+)
+_NAMED_YEAR = re.compile(
+    rf"([(\[;,]\s?{_LEAD})({_SEVERAL}|{_SURNAME}),?\s{REFERENCE}({_YEAR}){REFERENCE_END}(?=\s?[)\];,{REFERENCE}])"
+)
+_PLAIN = re.compile(rf"([(\[;,]\s?{_LEAD})({_SEVERAL},?\s{_YEAR})(?=\s?[)\];,\[{REFERENCE}])")
+_SPACE_BEFORE = re.compile(r" (?=[)\]]|[.,](?: |$))")
+_SPACE_BEHIND = re.compile(rf"(?<=[(\[])({MARK}*) ")
 _BRACKET = re.compile(r"([\[(])([^\[\]()]*)([\])])")
 # Longer brackets stay as they are. The limit also bounds the time of the patterns below.
 _MAX_BRACKET = 2000
@@ -56,6 +75,9 @@ _NUMBERS = re.compile("\x05(?:\\s*(?:(?:[,;&\u2010-\u2013-]|and)\\s*)?\x05)*")
 def resolve_marks(text: str) -> str:
     """Return the text without marks: references dropped or kept by the rules, and digits of different height apart."""
     names: list[str] = []
+    if "19" in text or "20" in text:
+        text = _NAMED_YEAR.sub(rf"\1{REFERENCE}\2, \3{REFERENCE_END}", text)
+        text = _PLAIN.sub(rf"\1{REFERENCE}\2{REFERENCE_END}", text)
     if REFERENCE in text:
         text = _REFERENCE.sub(lambda match: _placeholder(match.group(1), names), text)
     if SCRIPT in text:
@@ -68,6 +90,11 @@ def resolve_marks(text: str) -> str:
         text = _without_numbers(text)
         text = _NAME.sub(lambda match: _apart(match, names[int(match.group(1))]), text)
     return text
+
+
+def without_loose_spaces(text: str) -> str:
+    """Return a folded text without spaces behind opening brackets and in front of closing ones, commas, full stops."""
+    return _SPACE_BEHIND.sub(r"\1", _SPACE_BEFORE.sub("", text))
 
 
 def _placeholder(reference: str, names: list[str]) -> str:

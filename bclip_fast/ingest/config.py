@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from bclip_fast.data import filters
 from bclip_fast.errors import UserError
 from bclip_fast.io import system
 from bclip_fast.io.file_names import printable
@@ -44,6 +45,18 @@ class IngestConfig:
     """JPEG quality (1 to 100) of images that need a new encoding."""
     panels: bool = False
     """Also pair the panels of composite figures with their parts of the caption, if image and caption agree."""
+    panel_model: str = ""
+    """With --panels: a DAB-DETR of transformers that finds panels, hf-hub:ORG/NAME[@REVISION] or a folder, such as
+    hf-hub:vector-institute/pmc-18m-dab-detr. Its boxes go through the same comparison with the caption."""
+    panel_batch_size: int = 0
+    """Images in a batch of the panel model. 0: 16 on a GPU, 1 on a CPU."""
+    panel_score: float = 0.5
+    """Least score, from 0 to 1, of the panel model's boxes."""
+    kinds: bool = False
+    """Also write the kind of each figure and panel (ct, chart, ...) into the manifest, as `bclip ingest label` does."""
+    filter: str = ""
+    """Record this expression as the selection of the dataset, such as "kind in ['ct', 'mr'] and p > 0.5". Training then
+    takes the selected pairs only (docs/data.md). Nothing is deleted."""
     texts: bool = True
     """Keep further texts about each image, from which training can draw (data.captions): the sentences that cite the
     figure, the panels' parts of the caption, and the article's title. Shards with them have format version 2."""
@@ -73,22 +86,38 @@ class IngestConfig:
         checks = {
             "max_short_side": (self.max_short_side >= 0, "at least 0"),
             "jpeg_quality": (1 <= self.jpeg_quality <= 100, "from 1 to 100"),
+            "panel_batch_size": (0 <= self.panel_batch_size <= 1024, "from 0 to 1024"),
+            "panel_score": (0 <= self.panel_score <= 1, "from 0 to 1"),
             "val_fraction": (0 <= self.val_fraction <= 1, "from 0 to 1"),
             "test_fraction": (0 <= self.test_fraction <= 1 - self.val_fraction, "from 0 to 1 - val_fraction"),
             "workers": (self.workers >= 0, "at least 0"),
             "connections": (self.connections >= 1, "at least 1"),
             "max_shard_megabytes": (self.max_shard_megabytes >= 1, "at least 1"),
         }
+        if self.filter:
+            filters.parse(self.filter)
         for name, (is_valid, valid_range) in checks.items():
             if not is_valid:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {valid_range}")
+
+        if self.panel_model and not self.panels:
+            raise UserError(f"panel_model={self.panel_model} needs --panels; add it, or remove panel_model")
 
     def options(self) -> Options:
         """Return the options of the extraction. The workers share the connections."""
         connections = max(1, self.connections // max(1, self.workers or system.num_cores()))
         rules = Rules(self.license, self.keep_retracted)
         tokenizer = str(self.tokenizer or "")
-        return Options(rules, self.max_short_side, self.jpeg_quality, self.panels, self.texts, tokenizer, connections)
+        return Options(
+            rules,
+            self.max_short_side,
+            self.jpeg_quality,
+            self.panels,
+            self.texts,
+            tokenizer,
+            connections,
+            kinds=self.kinds,
+        )
 
     @property
     def version(self) -> int:
@@ -97,8 +126,14 @@ class IngestConfig:
 
     def signature(self) -> dict[str, Any]:
         """Return the options that affect the bytes of the dataset, as dataset.json records them."""
-        has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes")
+        has_no_effect = ("out", "engine", "workers", "connections", "overwrite", "allow_changes", "filter")
         values = {name: value for name, value in vars(self).items() if name not in has_no_effect}
+        if not self.panel_model:
+            # As earlier versions recorded the options.
+            for name in ("panel_model", "panel_batch_size", "panel_score"):
+                del values[name]
+        if not self.kinds:
+            del values["kinds"]
         if not self.texts:
             del values["texts"]  # as earlier versions, which knew no texts, recorded the options
         return {

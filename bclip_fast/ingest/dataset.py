@@ -45,6 +45,7 @@ def write_shard(task: ShardTask) -> None:
             pair = read_pair(work, record)
             meta = pair["meta"]
             extra: dict[str, Any] = {name: pair[name] for name in ("mentions", "licence_text") if name in pair}
+            extra |= pair.get("facts", {})
             if record["original"] >= 0:
                 extra["duplicate_of"] = key_of(work, plan[record["original"]])
                 extra["duplicate"] = "near" if record["near"] else "exact"

@@ -27,7 +27,13 @@ class Crash:
 
 
 def run(
-    engine: str, function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, *, preload: Sequence[str] = ()
+    engine: str,
+    function: Callable[[Any], Any],
+    tasks: Iterable[Any],
+    workers: int,
+    *,
+    preload: Sequence[str] = (),
+    gpus: float = 0.0,
 ) -> Iterator[tuple[Any, Any | Crash]]:
     """Yield (task, result) of every task as it ends. Only a few tasks are in memory at a time.
 
@@ -36,9 +42,10 @@ def run(
     Args:
         workers: number of processes. 0: one for each core (of the cluster under ray). 1 under `local`: this process.
         preload: modules that the fork server of `local` imports once for all worker processes.
+        gpus: share of a GPU that a task of ray takes.
     """
     if engine == "ray":
-        yield from _run_on_ray(function, tasks, workers)
+        yield from _run_on_ray(function, tasks, workers, gpus)
         return
     workers = workers or system.num_cores()
     if workers == 1:
@@ -130,18 +137,41 @@ def _run_in_new_pool(function: Callable[[Any], Any], task: Any, preload: Sequenc
             return Crash()
 
 
+def num_gpus(engine: str) -> int:
+    """Return the number of GPUs of this machine, or of the cluster under ray."""
+    if engine == "ray" and os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        starts_ray = _start_ray(0)
+        count = int(ray.cluster_resources().get("GPU", 0))
+        if starts_ray:
+            ray.shutdown()
+        return count
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _start_ray(workers: int) -> bool:
+    """Connect to the cluster of RAY_ADDRESS, or start one on this machine. Return False if ray runs already."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = os.environ.get("RAY_ADDRESS")
+    options = {"address": address} if address else {"num_cpus": workers or None, "include_dashboard": False}
+    ray.init(log_to_driver=False, **options)
+    return True
+
+
 def _run_on_ray(
-    function: Callable[[Any], Any], tasks: Iterable[Any], workers: int
+    function: Callable[[Any], Any], tasks: Iterable[Any], workers: int, gpus: float
 ) -> Iterator[tuple[Any, Any | Crash]]:
     """Run on the cluster of RAY_ADDRESS, else on a new one on this machine. All nodes must share the folders."""
     import ray
 
-    starts_ray = not ray.is_initialized()
-    if starts_ray:
-        address = os.environ.get("RAY_ADDRESS")
-        options = {"address": address} if address else {"num_cpus": workers or None, "include_dashboard": False}
-        ray.init(log_to_driver=False, **options)
-    remote = ray.remote(max_retries=0)(function)
+    starts_ray = _start_ray(workers)
+    remote = ray.remote(max_retries=0, num_gpus=gpus)(function)
     workers = workers or int(ray.cluster_resources().get("CPU", 1))
     waiting = iter(tasks)
     running: dict[Any, Any] = {}

@@ -17,11 +17,14 @@ from bclip_fast.errors import first_line
 from bclip_fast.io.file_names import printable
 
 from .articles import ArticleArchive, ArticleFiles, FetchError, Package, SourceError
+from .box_files import read_boxes
+from .caption_facts import caption_facts
 from .discovery import open_package
 from .image_formats import num_pixels
 from .image_names import ImageNames
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
+from .kinds.classifier import kind_columns
 from .licences import Licence, with_metadata
 from .mentions import MAX_SENTENCE, Mentions
 from .panels import split_caption, split_panels
@@ -43,10 +46,17 @@ class Options:
     texts: bool = True
     tokenizer: str = ""
     connections: int = 8
+    kinds: bool = False
+    # Boxes of figures by the SHA-256 of their images, as `panel_boxes` finds them.
+    boxes: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
 
-def process(package: Package, options: Options) -> Iterator[Event]:
-    """Yield all pairs and rejects of a package. They depend only on its files and the options. Raises FetchError."""
+def process(package: Package, options: Options, make: Any = None) -> Iterator[Event]:
+    """Yield all pairs and rejects of a package. They depend only on its files and the options. Raises FetchError.
+
+    Args:
+        make: function that yields the events of an image, with the arguments of `_first_usable`, in its place.
+    """
     if package.kind == "unread":
         yield Reject("", "", printable(package.name), package.items[0])
         return
@@ -56,7 +66,7 @@ def process(package: Package, options: Options) -> Iterator[Event]:
         with open_articles(package, options) as archive:
             for files in archive.articles():
                 try:
-                    yield from process_file(archive, files, options)
+                    yield from process_file(archive, files, options, make)
                 except Exception as error:
                     yield _internal_error(error, printable(files.xml_name))
             for article_id, name, reason in archive.refused:
@@ -83,8 +93,8 @@ def _internal_error(error: Exception, place: str) -> Reject:
     return Reject("", "", place, f"internal error: {type(error).__name__} {first_line(error)}"[:200])
 
 
-def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options) -> Iterator[Event]:
-    """Yield the pairs and rejects of an XML file, which holds an article or a set of articles."""
+def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options, make: Any = None) -> Iterator[Event]:
+    """Yield the pairs and rejects of an XML file, which holds an article or a set of articles. `make`: see process."""
     name = printable(files.xml_name)
     article_id = files.metadata.get("version", "").partition(".")[0]
     try:
@@ -97,7 +107,9 @@ def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options)
     for number, element in enumerate(elements, 1):
         place = name if len(elements) == 1 else f"{name}#{number}"
         try:
-            yield from _process_article(archive, files, read_article(element), place, images, options)
+            yield from _process_article(
+                archive, files, read_article(element), place, images, options, make or _first_usable
+            )
         except JatsError as error:
             yield Reject(article_id, "", place, str(error))
         except Exception as error:
@@ -105,7 +117,13 @@ def process_file(archive: ArticleArchive, files: ArticleFiles, options: Options)
 
 
 def _process_article(
-    archive: ArticleArchive, files: ArticleFiles, article: Article, place: str, images: ImageNames, options: Options
+    archive: ArticleArchive,
+    files: ArticleFiles,
+    article: Article,
+    place: str,
+    images: ImageNames,
+    options: Options,
+    make: Any,
 ) -> Iterator[Event]:
     """Yield the pairs and rejects of an article. `place`: its file, and its number if the file is a set of articles."""
     identity = article.pmcid or article.doi or article.pmid or _without_xml_suffix(place)
@@ -126,7 +144,7 @@ def _process_article(
             suffix = f"f{figure.number}" + (f"_{number + 1}" if len(figure.graphics) > 1 else "")
             values = {**metadata, **_figure_metadata(figure)}
             pair = _Source(suffix, caption, values, figure.mentions, words, article.title)
-            yield from _first_usable(archive, folder, candidates, pair, figure, options)
+            yield from make(archive, folder, candidates, pair, figure, options)
     for loose in article.loose_graphics:
         yield Reject(identity, "", loose.href, loose.reason)
 
@@ -178,7 +196,7 @@ def _first_usable(
 ) -> list[Event]:
     """Return the pairs of the largest version of an image that can be decoded. If no version can, return a reject."""
     failure: tuple[str, str] | None = None
-    for file, data, problem in _read_versions(archive, folder, candidates):
+    for file, data, problem in read_versions(archive, folder, candidates):
         reason = problem
         if not reason:
             try:
@@ -192,7 +210,7 @@ def _first_usable(
     return [Reject(source.meta["article"], figure.id, printable(failure[0]), failure[1])]
 
 
-def _read_versions(archive: ArticleArchive, folder: str, files: list[str]) -> list[tuple[str, bytes, str]]:
+def read_versions(archive: ArticleArchive, folder: str, files: list[str]) -> list[tuple[str, bytes, str]]:
     """Return (file, content, reason why it cannot be read) of an image's versions, the largest image first.
 
     Versions with at least 90 % of the largest one's pixels count as equally large. The order of `files` decides then.
@@ -219,10 +237,11 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
     caption = source.caption
     paragraphs, words = tuple(source.mentions.paragraphs), source.licence_text
     texts = _texts(source, caption, source.mentions.sentences, split_caption(caption)) if options.texts else None
-    yield Pair(source.suffix, image, caption, meta | _token_count(caption, options), paragraphs, words, texts)
+    facts = _facts(caption, meta, image.data, options)
+    yield Pair(source.suffix, image, caption, meta | _token_count(caption, options), paragraphs, words, texts, facts)
     if not options.panels:
         return
-    for panel in split_panels(data, caption):
+    for panel in split_panels(data, caption, boxes=options.boxes.get(meta["source_sha256"])):
         part = sanitize(panel.image, max_short_side=options.max_short_side, jpeg_quality=options.jpeg_quality)
         panel_metadata = {
             "panel": panel.label,
@@ -238,6 +257,7 @@ def _pairs(data: bytes, file: str, source: _Source, options: Options) -> Iterato
             meta | panel_metadata | _token_count(panel.caption, options),
             licence_text=words,
             texts=_texts(source, panel.caption, [], {}) if options.texts else None,
+            facts=_facts(panel.caption, meta, part.data, options),
         )
 
 
@@ -247,6 +267,12 @@ def _texts(source: _Source, caption: str, sentences: list[str], panels: dict[str
     titled = [f"{title}. {caption}"] if title else []
     texts = {"mention": sentences, "panel": list(dict.fromkeys(panels.values())), "title": titled}
     return {kind: [text[:MAX_SENTENCE] for text in each] for kind, each in texts.items() if each}
+
+
+def _facts(caption: str, meta: dict[str, Any], image: bytes, options: Options) -> dict[str, Any]:
+    """Return the facts about the caption and the image of a figure or panel, whose metadata are `meta`."""
+    facts = caption_facts(caption, meta.get("label", ""), meta.get("language", ""))
+    return facts | kind_columns(image, caption) if options.kinds else facts
 
 
 def _token_count(caption: str, options: Options) -> dict[str, int]:
@@ -290,18 +316,22 @@ def _figure_metadata(figure: Figure) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PartTask:
-    """The task to write part `number` from a package."""
+    """The task to write part `number` from a package. `boxes`: file of a detector's boxes, if there is one."""
 
     folder: str
     number: int
     package: Package
     options: Options
+    boxes: str = ""
 
 
 def extract_part(task: PartTask) -> str:
     """Write the part of a package. Return an empty string, or why the package couldn't be read this time."""
+    options = task.options
+    if task.boxes:
+        options = dataclasses.replace(options, boxes=read_boxes(task.boxes))
     try:
-        write_part(task.folder, task.number, process(task.package, task.options))
+        write_part(task.folder, task.number, process(task.package, options))
     except FetchError as error:
         return str(error)
     return ""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from lxml import etree
 
-from .citations import MARK, REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END, resolve_marks
+from .citations import MARK, REFERENCE, REFERENCE_END, SCRIPT, SCRIPT_END, resolve_marks, without_loose_spaces
 
 _MATH = "{http://www.w3.org/1998/Math/MathML}"
 # On the page, the content of these elements starts and ends a line. A space therefore separates it from its neighbours.
@@ -101,7 +101,7 @@ def text_of(
         if (tail := node.tail) and node is not element:
             parent = node.getparent()
             parts.append(tail.strip() if _is_math(parent) and local_name(parent) != "mtext" else tail)
-    return fold(resolve_marks("".join(parts)))
+    return without_loose_spaces(fold(resolve_marks(" ".join("".join(parts).split()))))
 
 
 def _is_reference(node: etree._Element, name: str) -> bool:

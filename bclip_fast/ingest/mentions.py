@@ -7,11 +7,13 @@ it describes the figure, unless it has fewer than MIN_WORDS words ("See Figure 1
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
 from lxml import etree
+
+from bclip_fast.data.sentences import split_sentences
 
 from .citations import MARK
 from .jats_text import text_of
@@ -23,15 +25,6 @@ MAX_SENTENCE = 1000
 MIN_WORDS = 6
 
 _WORD = re.compile(r"[^\W\d_]{3,}")
-_END = re.compile(r"[.!?][\"')\]\u2019\u201d]*\s+(?=[\"'(\[\u2018\u201c\x08]*[A-Z0-9\u00c0-\u00de])")
-# After these, a full stop does not end a sentence.
-_ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[\x08])(?:figs?|tabs?|eqs?|refs?|suppl?|supplement|no|nos|vs|cf|ca|approx|al|e\.g|i\.e|dr|prof|st|spp?|var|"
-    r"resp|viz|[a-z])\.$",
-    re.IGNORECASE,
-)
-
-_MAX_ABBREVIATION = 16
 
 
 @dataclass
@@ -105,19 +98,9 @@ def _read(paragraph: etree._Element, figure_ids: Container[str]) -> tuple[str, d
     # A mark is lost if its reference is in an element without text, such as a media object.
     if marked.count(MARK) == len(references):
         remaining = iter(references)
-        for sentence in _split(marked):
+        for sentence in split_sentences(marked):
             text = sentence.replace(MARK, "").strip()
             is_useful = len(text) <= MAX_SENTENCE and len(_WORD.findall(text)) >= MIN_WORDS
             for reference in islice(remaining, sentence.count(MARK)):
                 sentences[reference] = text if is_useful else ""
     return marked.replace(MARK, ""), sentences
-
-
-def _split(text: str) -> Iterator[str]:
-    """Yield the sentences of a text. In doubt, two sentences stay together."""
-    start = 0
-    for match in _END.finditer(text):
-        if not _ABBREVIATION.search(text[max(start, match.start() - _MAX_ABBREVIATION) : match.start() + 1]):
-            yield text[start : match.end()]
-            start = match.end()
-    yield text[start:]

@@ -5,8 +5,8 @@ Its lines start with a letter, and tabs separate the fields (JSON never contains
 
     A  [identity, file]                                                 an article, to which the next pairs belong
     P  suffix, bytes of the caption, bytes of the metadata, offset and bytes of the image, CRC-32 of the image,
-       SHA-256 of the source, perceptual hash, {"caption", "meta", "mentions", "licence_text"}, and, if the build
-       keeps them, the texts in addition to the caption
+       SHA-256 of the source, perceptual hash, {"caption", "meta", "mentions", "licence_text", "facts"}, and, if the
+       build keeps them, the texts in addition to the caption
     R  [article, figure, file, reason]                                  a reject
     E  CRC-32 of all previous lines                                     the end
 
@@ -21,7 +21,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ class Pair:
         mentions: paragraphs of the article that refer to the figure.
         texts: texts in addition to the caption, by kind. None: the build doesn't keep them.
         licence_text: words of the licence, if they state terms. Only the manifest has them.
+        facts: facts about the caption (`caption_facts`). Only the manifest has them.
     """
 
     suffix: str
@@ -68,6 +69,7 @@ class Pair:
     mentions: tuple[str, ...] = ()
     licence_text: str = ""
     texts: dict[str, list[str]] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ def _line(event: Event, image_offset: int) -> bytes:
         fields += [image_offset, len(event.image.data)]
         fields += [zlib.crc32(event.image.data), event.meta["source_sha256"], event.image.phash]
         body = {"caption": event.caption, "meta": event.meta, "mentions": event.mentions}
-        fields.append(to_json({**body, **({"licence_text": event.licence_text} if event.licence_text else {})}))
+        optional = {"licence_text": event.licence_text, "facts": event.facts}
+        fields.append(to_json({**body, **{name: value for name, value in optional.items() if value}}))
         if event.texts is not None:
             fields.append(to_json(event.texts))
         start, text = PAIR, "\t".join(map(str, fields))
@@ -175,7 +178,7 @@ def read_pair(work: Path, record: np.ndarray) -> dict[str, Any]:
     """Read a pair of the plan.
 
     Returns:
-        `caption`, `meta`, `mentions`, `licence_text` and `texts` (both optional), `key`, `crc` of its image.
+        `caption`, `meta`, `mentions`, `licence_text`, `facts` and `texts` (all optional), `key`, `crc` of its image.
     """
     line = parse_pair(read_line(work, record))
     body: dict[str, Any] = json.loads(line.body)

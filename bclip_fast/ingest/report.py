@@ -26,6 +26,13 @@ log = logging.getLogger(__name__)
 _TOKEN_BIN = 32
 _SIDE_BIN = 128
 _LONGEST_CAPTION = 400
+# Columns of `kinds` and `caption_facts` and their titles, and the words for an empty value.
+_FACTS = {
+    "kind": "Kinds of figures",
+    "caption_language": "Languages of the captions",
+    "caption_quality": "Marks of the captions",
+}
+_WITHOUT_VALUE = {"kind": "no kind", "caption_language": "not known", "caption_quality": "no mark"}
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,9 @@ def page(config: ReportConfig, description: dict[str, Any]) -> str:
 
     manifest = pq.ParquetFile(config.dataset / "manifest.parquet")
     names = set(manifest.schema_arrow.names)
-    counted_columns = ("licence", "year", "source_format", "source_mode", "duplicate", "journal")
+    counted_columns = (
+        "licence", "year", "source_format", "source_mode", "duplicate", "journal", *_FACTS,
+    )  # fmt: skip
     values: dict[str, Counter[Any]] = {name: Counter() for name in counted_columns}
     tokens: Counter[int] = Counter()
     words: Counter[int] = Counter()
@@ -69,7 +78,7 @@ def page(config: ReportConfig, description: dict[str, Any]) -> str:
     for group in range(manifest.num_row_groups):
         for row in manifest.read_row_group(group).to_pylist():
             for name, counter in values.items():
-                counter[row.get(name) or "not stated"] += 1
+                counter[row.get(name) or _WITHOUT_VALUE.get(name, "not stated")] += 1
             words[len(row["caption"].split()) // _TOKEN_BIN] += 1
             if row.get("num_tokens") is not None:
                 tokens[row["num_tokens"]] += 1
@@ -96,6 +105,7 @@ def page(config: ReportConfig, description: dict[str, Any]) -> str:
         ("Marked duplicates", values["duplicate"].most_common()),
         ("Shorter side of the originals, pixels", _binned(sides, _SIDE_BIN)),
         captions,
+        *((title, values[name].most_common(15)) for name, title in _FACTS.items() if name in names),
     ]
     return (
         environment()

@@ -25,7 +25,7 @@ def can_resume(allow_changes: bool, folder: Path, signature: dict[str, Any]) -> 
     if recorded is None or (folder / "dataset.json").exists():
         return recorded is not None and bool(recorded["config"] == json.loads(to_json(signature["config"])))
     changed = [name for name, value in json.loads(to_json(signature)).items() if recorded.get(name) != value]
-    if "config" in changed or ("tokenizer" in changed and "tokenizer" in recorded):
+    if "config" in changed or any(name in changed and name in recorded for name in ("tokenizer", "panel_model")):
         log.warning("the parts of an earlier run had other options; they are written again")
         return False
     if changed and not allow_changes:
@@ -53,11 +53,22 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def work_signature(options: dict[str, Any], tokenizer: Path | None) -> dict[str, Any]:
-    """Return all that decides the parts of a run. `options`: those that affect the bytes of the dataset."""
-    packages = {name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers")}
+def work_signature(options: dict[str, Any], tokenizer: Path | None, panel_model: str = "") -> dict[str, Any]:
+    """Return all that decides the parts of a run.
+
+    Args:
+        options: those that affect the bytes of the dataset.
+        panel_model: hash of the panel detector's files. Empty: the build has none.
+    """
+    packages = {
+        name: importlib.metadata.version(name) for name in ("pillow", "lxml", "numpy", "tokenizers", "py3langid")
+    }
     code = sha256_of_sources("ingest", "data", "model/tokenizer.py")
+    if panel_model:
+        packages |= {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    detector = {"panel_model": panel_model} if panel_model else {}
     return {
+        **detector,
         "config": options,
         "tokenizer": tokenizer and sha256_of_file(tokenizer),
         "code": code,

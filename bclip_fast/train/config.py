@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from bclip_fast.data import filters
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.data.storage import ReadConfig
 from bclip_fast.data.texts import CaptionWeights
@@ -30,6 +31,9 @@ class DataConfig:
     fsspec). Or a list of such datasets, each with a weight or a number of epochs: see docs/data.md."""
     split: str = "train"
     """Split of the dataset to train on."""
+    filter: str = ""
+    """Train on the samples that this expression selects by the columns of the manifest, such as
+    "kind in ['ct', 'mr'] and p > 0.5" (docs/data.md). If empty, the filter that the dataset records. all: no filter."""
     positives: Literal["pair", "captions", "images", "duplicates", "figure", "article"] = "pair"
     """Samples that are positives of one another: none but the pair itself, samples with equal captions, samples whose
     images ingest found to be duplicates or near duplicates, either (duplicates), the panels of a figure, or the figures
@@ -37,6 +41,9 @@ class DataConfig:
     captions: CaptionWeights = field(default_factory=CaptionWeights)
     """Weights of the texts about an image. Each epoch draws one of them for each sample. Evaluation takes the
     caption."""
+    long_texts: Literal["cut", "sentences"] = "cut"
+    """A text with more tokens than model.text.context_length: cut keeps its beginning. sentences divides it into parts
+    of whole sentences that fit, and each epoch draws one part. Evaluation cuts."""
     tokenizer: str = ""
     """tokenizer.json or vocab.txt, or `train` to learn a WordPiece vocabulary from the texts of the split. If empty,
     the tokenizer of init.model or init.text, or `train` without them."""
@@ -69,6 +76,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shards", as_sources(self.shards, "data.shards"))
+        if self.filter not in ("", filters.ALL):
+            filters.parse(self.filter)
         if self.max_bad_samples < 0:
             raise UserError(f"data.max_bad_samples={self.max_bad_samples} must not be negative")
         if self.spool_above_mib < 0:
@@ -257,11 +266,13 @@ class TrainConfig:
             if unlocked < 0 or (unlocked and not getattr(self, lock)):
                 raise UserError(f"{name}={unlocked} must not be negative, and needs {lock}=true")
         self.loss.check_positives("data.positives", self.data.positives)
-        if self.loss.teacher_cache != "off" and self.data.captions.kinds != ("caption",):
-            raise UserError(
-                f"loss.teacher_cache={self.loss.teacher_cache} keeps one text of a sample, but data.captions draws "
-                f"{', '.join(self.data.captions.kinds)}; set one of them to its default"
-            )
+        if self.loss.teacher_cache != "off":
+            setting = f"loss.teacher_cache={self.loss.teacher_cache} keeps one text of a sample"
+            if self.data.captions.kinds != ("caption",):
+                kinds = ", ".join(self.data.captions.kinds)
+                raise UserError(f"{setting}, but data.captions draws {kinds}; set one of them to its default")
+            if self.data.long_texts != "cut":
+                raise UserError(f"{setting}, but data.long_texts=sentences draws parts; set one of them to its default")
 
     @property
     def first_batch_size(self) -> int:

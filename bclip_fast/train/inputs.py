@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from bclip_fast import distributed
 from bclip_fast.data.caption_lengths import caption_lengths
 from bclip_fast.data.loader import Loader
+from bclip_fast.data.long_texts import LongTexts
 from bclip_fast.data.sampler import ShardSampler
 from bclip_fast.data.shards import mixed
 from bclip_fast.data.shards.mixed import Dataset, MixedDataset
@@ -36,7 +38,7 @@ def open_dataset(config: DataConfig) -> Dataset:
     """
     if not config.shards:
         raise UserError("data.shards is not set; set it to the folder that `bclip ingest build` wrote")
-    dataset = mixed.open_dataset(config.shards, config.split, config.read)
+    dataset = mixed.open_dataset(config.shards, config.split, config.read, config.filter)
     config.captions.check(dataset)
     return dataset
 
@@ -124,6 +126,13 @@ def _tokenizer(folder: RunFolder, config: TrainConfig, dataset: Dataset) -> Toke
     return tokenizer
 
 
+def long_texts(tokenizer: Tokenizer) -> LongTexts:
+    """Divides texts by the tokens of `tokenizer`, at its context length."""
+    return LongTexts(
+        lambda texts: list(map(len, tokenizer.encode(texts, sys.maxsize))), max_tokens=tokenizer.context_length
+    )
+
+
 def build_loader(
     config: DataConfig,
     dataset: Dataset,
@@ -144,6 +153,7 @@ def build_loader(
         "timeout_s": config.timeout_s,
         "groups": group_ids(dataset, config.positives, config.captions.kinds),
         "captions": config.captions,
+        "long_texts": None if config.long_texts == "cut" else long_texts(tokenizer),
         **teacher,
     }
     if config.loader == "native":

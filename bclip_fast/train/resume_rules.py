@@ -100,8 +100,10 @@ RULES: dict[str, dict[str, Rule]] = {
         # The fingerprint of the data is compared, too.
         "data.shards": LISTED,
         "data.split": FIXED,
+        "data.filter": FIXED,
         "data.positives": ARITHMETIC,
         "data.captions": ARITHMETIC,
+        "data.long_texts": ARITHMETIC,
         "data.tokenizer": FIXED,
         "data.shuffle_block": FIXED,
         "data.augment": ARITHMETIC,

@@ -121,7 +121,9 @@ def test_interrupted_build_finishes_to_the_same_bytes(bclip, name: str, done: st
     exact = [path.name for path in Path("ingest").iterdir() if path.suffix != ".parquet"]
     assert filecmp.cmpfiles("ingest", name, exact, shallow=False)[0] == exact
     for file in ("manifest.parquet", "rejects.parquet"):
-        assert pq.read_table(Path(name, file)).equals(pq.read_table(Path("ingest", file)))
+        earlier = pq.read_table(Path("ingest", file))
+        # Later versions may add columns.
+        assert pq.read_table(Path(name, file)).select(earlier.column_names).equals(earlier)
     bclip("ingest verify", name)
 
 

@@ -38,6 +38,15 @@ SMITH, DOE = reference("Smith et al., 2010"), reference("Doe, 2011")
         (f"the conventions of ({SMITH}) with", "the conventions of Smith et al., 2010 with"),
         (f"by{SMITH}again", "by Smith et al., 2010 again"),
         (f"of Smith et al. ({reference('2010')}) show", "of Smith et al. show"),
+        # In plain text, or in front of a year that is a reference. One name with a year may be a place.
+        ("cells (Smith et al., 2010; Smith and Doe 2011).", "cells."),
+        ("cells (after Smith et al. 2010) die", "cells die"),
+        ("cells (Chiapas, 2003; Ukraine, 1993).", "cells (Chiapas, 2003; Ukraine, 1993)."),
+        (f"found (Van Smith and Doe, {reference('2002')}; Wang et al., {reference('2006')}), which", "found, which"),
+        (f"found (Smith, {reference('2002')}; see Fig. 1).", "found (see Fig. 1)."),
+        (f"found (Smith et al., 2010[{reference('26')}]).", "found."),
+        ("as in Smith et al., 2010, of cells", "as in Smith et al., 2010, of cells"),
+        ("cells ( Figure 5A ) , n = 5 .", "cells (Figure 5A), n = 5."),
         # Phrases that lead to a number.
         (f"cells (adapted from [{reference('11')}]).", "cells."),
         (f"cells as described in [{reference('6')}] relative to", "cells relative to"),
@@ -75,3 +84,13 @@ def test_xref_without_type_counts_if_it_points_into_the_reference_list():
 )  # fmt: skip
 def test_digits_of_different_height_stay_apart(content, expected):
     assert parse_caption(f"<p>{content}</p>") == expected
+
+
+def test_sentences_that_cite_a_figure_are_cleaned_as_captions():
+    references = f"(Smith et al., 2010)<sup>{reference('1')}</sup>"
+    content = f"10<sup>6</sup> cells\u00a0of CO<sub>2</sub> grew {references} more than the others ( <b>%s</b> ) ."
+    mention, caption = content % '<xref rid="f">Figure 1</xref>', content % "Figure 1"
+    body = f'<p>{mention}</p><fig id="f"><caption><p>{caption}</p></caption></fig>'
+    (figure,) = parse_article(body).figures
+    assert figure.caption == "10 6 cells of CO2 grew more than the others (Figure 1)."
+    assert figure.mentions.sentences == [figure.caption]

@@ -83,7 +83,15 @@ def test_report_is_complete_and_harmless(dataset):
     assert "&lt;script&gt;" in page
     assert "default-src 'none'" in page
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
-    for words in ("image missing", "not stated", "of the captions fit in 77 tokens", "Licences", "Years"):
+    for words in (
+        "image missing",
+        "not stated",
+        "of the captions fit in 77 tokens",
+        "Licences",
+        "Years",
+        "Languages of the captions",
+        "no mark",
+    ):
         assert words in page
     assert re.search(r"<td>articles</td><td class=\"num\">12</td>", page)
     # Half of the captions have 300 words, which exceeds both limits.

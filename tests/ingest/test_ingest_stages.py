@@ -135,6 +135,7 @@ def test_manifest_row_has_metadata_of_article_and_image(tmp_path):
     assert row["citation"] == "Doe J. On tests. J. 2020. doi:10.1/x"
     assert json.loads(row["mentions"]) == ["See figure 1 and again."]
     assert (row["num_tokens"], row["width"], row["source_bytes"]) == (4, 64, len(noise_image(1)))
+    assert (row["num_words"], row["caption_language"], row["caption_quality"]) == (1, "", "near_empty")
     assert len(row["phash"]) == len(row["source_sha256"]) == 64
 
 

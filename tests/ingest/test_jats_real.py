@@ -43,6 +43,7 @@ CHECKED_BY_EYE = {
     "PMC7380168/f1": "0d4df5de2a9da0aa",  # reference
     "PMC7380168/f4": "0424845601f6fa00",  # reference
     "PMC6315527/nutrients-10-01916-f003": "8b236ce739ae9e05",  # reference
+    "plosone-0091296/pone-0091296-g007": "21bb6054b87406fb",  # reference in plain text
 }
 # One figure of each of 40 articles. A person compared these captions with the XML.
 COMPARED_WITH_XML = {

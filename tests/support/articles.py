@@ -51,6 +51,21 @@ def article_files(number: int, num_figures: int = 2) -> dict[str, bytes]:
     return {"x.nxml": article_xml(*figures, number=number), **images}
 
 
+def write_composites(folder: Path, count: int) -> Path:
+    """Write articles with a figure of two panels that touch, and a figure without panels."""
+    for number in range(1, count + 1):
+        pixels = np.concatenate([_noise(10 * number + side, (120, 120)) for side in range(2)], axis=1)
+        xml = article_xml(("f", "Views. (a) From above. (b) From below."), ("g", "A view of it"), number=number)
+        files = {"f.png": encode_image(Image.fromarray(pixels), "PNG"), "g.jpg": noise_image(number)}
+        write_files(folder / str(number), {"x.nxml": xml, **files})
+    return folder
+
+
+def _noise(seed: int, size: tuple[int, int]) -> np.ndarray:
+    pixels = np.random.default_rng(seed).integers(0, 255, (12, 16, 3), np.uint8)
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+
+
 def write_articles(folder: Path, count: int, num_figures: int = 2) -> Path:
     """Write the articles 1 to `count`, each in its own folder."""
     for number in range(1, count + 1):

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from articles import write_articles
+from articles import write_articles, write_composites
 from benchmark_data import write_lc25000
 from colours import COLOURS, jpeg
+from panel_models import HALVES, write_fixed_model
 from synthetic import write_shards
 from towers import SMALL
 
@@ -31,7 +32,7 @@ MODULES = (
     "bclip_fast.ingest.fetch", "bclip_fast.ingest.report", "bclip_fast.ingest.verify", "bclip_fast.export.command",
     "bclip_fast.train.report", "bclip_fast.train.replay", "bclip_fast.plan.command", "bclip_fast.train.trainer",
     "bclip_fast.train.finetune", "bclip_fast.eval", "bclip_fast.eval.command", "bclip_fast.eval.compare",
-    "bclip_fast.search.searcher", "bclip_fast.tune",
+    "bclip_fast.search.searcher", "bclip_fast.tune", "detector_modules",
 )  # fmt: skip
 """Modules that the commands import."""
 
@@ -100,6 +101,8 @@ def write_inputs(folder: Path) -> None:
     """Write the inputs of all commands: shards, articles, two models, tables, and a recipe."""
     write_shards(folder / "shards", num_samples=16, num_val=4)
     write_articles(folder / "articles", 3)
+    write_composites(folder / "composites", 2)
+    write_fixed_model(folder / "panel_model", HALVES)
     (folder / "train.toml").write_text(_TRAIN)
     (folder / "tables").mkdir()
     pairs, questions = ["path,caption,colour,split"], ["image,question,answer,answer_type,split"]
@@ -256,6 +259,14 @@ COMMANDS = {
     "ingest build --overwrite": Command(
         (*_INGEST, "--overwrite"), ("articles",), ("out/data",),
         before=((*_INGEST, "--seed", "5"),), readers=(dataset_at("out/data"),),
+    ),
+    "ingest build --panel_model": Command(
+        ("ingest", "build", "composites", *_INGEST[3:], "--panels", "--panel_model", "panel_model"),
+        ("composites", "panel_model"), ("out/data",), readers=(dataset_at("out/data"),),
+    ),
+    "ingest label": Command(
+        ("ingest", "label", "out/data", "--workers", "1", "--filter", "kind is not null"), ("articles",), ("out/data",),
+        before=(_INGEST,), readers=(dataset_at("out/data"),),
     ),
     "ingest report": Command(
         ("ingest", "report", "out/data", "--out", "out/page.html"), ("articles",), ("out/page.html",),

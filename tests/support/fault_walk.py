@@ -20,7 +20,7 @@ REASONS = {"full": "No space left on device", "denied": "Permission denied"}
 # Without permission, a command cannot remove its temporary files.
 _MAY_LEAVE_FILES = ("denied", "kill")
 # A second run goes on from these.
-_KEPT = re.compile(r"\.data\.partial|\.files\.written|/\.parts/")
+_KEPT = re.compile(r"\.data\.(partial|labels)|\.files\.written|/\.parts/")
 _FINISHED = re.compile(r" I (?:saved|wrote|results in|report in|gallery in|\d+ images in) (\S+)$", re.MULTILINE)
 
 

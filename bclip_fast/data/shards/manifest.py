@@ -10,6 +10,8 @@ from typing import Any
 
 from .format import to_json
 
+MANIFEST = "manifest.parquet"
+
 # Columns of every manifest. Metadata with one of these names only appears in the `meta` column.
 _MANIFEST_COLUMNS = ("key", "split", "shard", "position", "offset", "caption", "num_image_bytes", "meta")
 # A row with its caption, metadata and mentions takes about 10 kB while it is being written.
@@ -50,7 +52,7 @@ def write_manifest(folder: Path, parts: list[tuple[Path, dict[str, list[str]]]])
     kinds.update(position=pa.int64(), offset=pa.int64(), num_image_bytes=pa.int64())
     kinds.update({name: kind for name, (kind, _) in columns.items()})
     schema = pa.schema(list(kinds.items()))
-    with pq.ParquetWriter(folder / "manifest.parquet", schema, compression="zstd") as writer:
+    with pq.ParquetWriter(folder / MANIFEST, schema, compression="zstd") as writer:
         lines = (line for path, _ in parts for line in _lines(path))
         while chunk := list(islice(lines, _MANIFEST_ROW_GROUP)):
             rows = []

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
+from bclip_fast.data import filters
 from bclip_fast.data.order import Mixture
 from bclip_fast.data.sources import Source, mixture_of
 from bclip_fast.data.splits import resolve
@@ -15,6 +16,7 @@ from bclip_fast.data.storage import ReadConfig, open_storage
 from bclip_fast.errors import UserError
 from bclip_fast.io.hashing import sha256
 
+from .filtered import FilteredDataset, own_filter
 from .format import CAPTION, MissingDescription, Sample, read_description
 from .reader import BadSample, ShardDataset
 from .tar_dataset import TarDataset
@@ -130,24 +132,44 @@ Dataset = ShardDataset | MixedDataset
 """Random access to samples with a `Sample` each, in shards."""
 
 
-def open_dataset(shards: str | tuple[Source, ...], split: str, read: ReadConfig | None = None) -> Dataset:
+def open_dataset(
+    shards: str | tuple[Source, ...], split: str, read: ReadConfig | None = None, filter: str = filters.ALL
+) -> Dataset:
     """Open what a setting such as `data.shards` names. A dataset whose weight is 0 isn't opened.
+
+    Args:
+        filter: an expression that selects samples of each dataset (`bclip_fast.data.filters`). If empty, the filter
+            that the dataset records. `all`: no filter.
 
     Raises:
         UserError: a dataset can't be opened. For a list, the message begins with its name.
     """
     if isinstance(shards, str):
-        return open_path(shards, split, read)
+        return _filtered(open_path(shards, split, read), filter)
     members = []
     used = [source for source in shards if source.amount]
     for source in used:
         try:
-            members.append(open_path(source.path, split, read, source.caption_key))
+            members.append(_filtered(open_path(source.path, split, read, source.caption_key), filter))
         except UserError as error:
             raise type(error)(f"dataset {source.name}: {error}") from None
     if len(used) == 1 and used[0].epochs in (None, 1):
         return members[0]
     return MixedDataset(used, members)
+
+
+def _filtered(dataset: ShardDataset, filter: str) -> ShardDataset:
+    """Return the samples of a dataset that a filter selects. Raises UserError."""
+    if filter == filters.ALL:
+        return dataset
+    if not dataset.has_manifest:
+        if filter:
+            raise UserError(
+                f"filter {filter!r} reads a manifest, which the tar files of {dataset.root} lack; use no filter"
+            )
+        return dataset
+    chosen = filter or own_filter(dataset.storage)
+    return FilteredDataset(dataset, chosen) if chosen else dataset
 
 
 def open_path(

@@ -17,11 +17,11 @@ import numpy as np
 from bclip_fast.data.storage import LocalStorage
 from bclip_fast.errors import UserError
 
+from .filtered import FilteredDataset
 from .format import CAPTION
+from .manifest import MANIFEST
 from .mixed import Dataset, MixedDataset
 from .reader import ShardDataset
-
-MANIFEST = "manifest.parquet"
 
 # Per kind, the columns of the manifest that it needs besides those that locate a sample.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -68,6 +68,10 @@ def group_ids(dataset: Dataset, kind: str, texts: Sequence[str] = (CAPTION,)) ->
 
 def _groups_of(dataset: ShardDataset, kind: str, texts: Sequence[str]) -> np.ndarray:
     """The group of each sample of one dataset."""
+    if isinstance(dataset, FilteredDataset):
+        groups = _groups_of(dataset.unfiltered, kind, texts)[dataset.rows]
+        _, first, numbers = np.unique(groups, return_index=True, return_inverse=True)
+        return first[numbers]
     if not dataset.has_manifest:
         raise UserError(
             f"data.positives={kind} needs {MANIFEST}, which the tar files of {dataset.root} lack; set it to pair"

@@ -1,7 +1,8 @@
 """Split a composite figure into panels with their parts of the caption, but only if image and caption agree.
 
 `caption_labels` and `captions` read the caption, `letters` and `glyphs` the printed letters, and `regions` and `layout`
-cut the image. `matching` decides. Where they don't agree, a panel is left out: precision matters more than recall.
+cut the image. With `--panel_model`, a `detector` finds further boxes. `matching` decides. Where they don't agree, a
+panel is left out: precision matters more than recall.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ class Panel:
     spans: tuple[tuple[int, int], ...] = ()
 
 
-def split_panels(data: bytes, caption: str, boxes: Sequence[Box] | None = None) -> list[Panel]:
+def split_panels(data: bytes, caption: str, boxes: Sequence[Sequence[float]] | str | None = None) -> list[Panel]:
     """Return the panels of a figure that `sanitize` accepts, in the order of their labels. Doubtful ones are left out.
 
     Args:
-        boxes: candidates of a detector, see `match_panels`.
+        boxes: a detector's boxes, each (left, top, right, bottom, score) in pixels of the figure. `match_panels` tells
+            where they count. A string is the reason why the detector found none.
     """
     parts = {part.label: part for part in caption_parts(caption)}
     if not any(part.is_certain for part in parts.values()):
@@ -45,11 +47,16 @@ def split_panels(data: bytes, caption: str, boxes: Sequence[Box] | None = None) 
         image = open_image(data, MAX_PIXELS).rgb()
     except ImageError:
         return []
+    candidates = [_whole(box) for box in boxes or ()] if not isinstance(boxes, str) else []
     panels = []
-    for match in match_panels(image, list(parts), boxes):
+    for match in match_panels(image, list(parts), candidates):
         part = parts[match.label]
         if part.is_certain:
             buffer = io.BytesIO()
             image.crop(match.box).save(buffer, "PNG", compress_level=1)
             panels.append(Panel(match.label, match.box, buffer.getvalue(), part.text, part.spans))
     return panels
+
+
+def _whole(box: Sequence[float]) -> Box:
+    return int(box[0]), int(box[1]), int(box[2]), int(box[3])

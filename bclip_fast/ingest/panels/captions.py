@@ -324,13 +324,8 @@ class _Reader:
         """Give the sentences between two labels that stand after their texts to one of them."""
         if not self.pending:
             return
-        if self.at_end and at_end:
-            self._give(names, *self.pending)
-            self.doubtful |= {*self.current, *names}
-        elif not self.at_end:
-            self._give(self.current, *self.pending)
-        else:
-            self._give(self.current, *self.pending)
+        self._give(names if self.at_end and at_end else self.current, *self.pending)
+        if self.at_end:
             self.doubtful |= {*self.current, *names}
         self.pending = []
 
