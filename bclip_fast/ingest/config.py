@@ -44,7 +44,8 @@ class IngestConfig:
     jpeg_quality: int = JPEG_QUALITY
     """JPEG quality (1 to 100) of images that need a new encoding."""
     panels: bool = False
-    """Also pair the panels of composite figures with their parts of the caption, if image and caption agree."""
+    """Also pair the panels of composite figures with their parts of the caption. Printed letters, gaps and caption must
+    agree on a panel."""
     panel_model: str = ""
     """With --panels: a DAB-DETR of transformers that finds panels, hf-hub:ORG/NAME[@REVISION] or a folder, such as
     hf-hub:vector-institute/pmc-18m-dab-detr. Its boxes go through the same comparison with the caption."""

@@ -27,7 +27,7 @@ from bclip_fast.ingest.config import IngestConfig
 @pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_run_resumes_to_the_same_bytes(tmp_path, num_kills):
     """Kill the main process at random moments. Its workers and their fork server must end too."""
-    source = write_articles(tmp_path / "in", 60)
+    source = write_articles(tmp_path / "in", 60, have_panels=True)
     expected, out = tmp_path / "expected", tmp_path / "out"
     start = time.monotonic()
     subprocess.run(build_command(tmp_path, source, expected), env=ENVIRONMENT, check=True, capture_output=True)
@@ -146,11 +146,13 @@ def test_parts_of_other_code_are_kept_only_on_request(tmp_path, monkeypatch, rec
 def test_ray_and_local_engine_write_the_same_bytes(tmp_path):
     """Takes 10 to 20 seconds: Ray starts several programs, and its workers import the package."""
     pytest.importorskip("ray")
-    source = write_articles(tmp_path / "in", 12)
+    source = write_articles(tmp_path / "in", 12, have_panels=True)
     command = build_command(tmp_path, source, tmp_path / "ray", workers=1, engine="ray")
     process = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
-    build(IngestConfig(str(source), tmp_path / "local", workers=1, test_fraction=0.2, max_shard_megabytes=1))
+    options = {"workers": 1, "test_fraction": 0.2, "max_shard_megabytes": 1, "panels": True}
+    build(IngestConfig(str(source), tmp_path / "local", **options))
+    assert sum(row["panel"] is not None for row in manifest_rows(tmp_path / "local").values()) == 24
     assert read_tree(tmp_path / "local") == read_tree(tmp_path / "ray")
 
 

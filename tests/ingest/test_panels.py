@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from articles import article_xml, encode_image, manifest_rows, write_files
+from articles import article_xml, encode_image, manifest_rows, write_articles, write_files
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.numpy import load_file
 
 from bclip_fast.benchmarks import panels as panel_benchmark
+from bclip_fast.data.shards.positives import group_ids
+from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.ingest.build import build
 from bclip_fast.ingest.config import IngestConfig
 from bclip_fast.ingest.panels import caption_parts, glyphs, layout, match_panels, split_caption
@@ -226,6 +228,22 @@ def test_build_panels_become_pairs_in_addition_to_the_figure(tmp_path):
     left, top, right, bottom = json.loads(panel["panel_box"])
     assert_around([(left, top, right, bottom)], [GRID[1]])
     assert (panel["width"], panel["height"]) == (right - left, bottom - top)
+
+
+def test_build_panels_and_their_figure_are_positives_of_one_another(tmp_path):
+    source = write_articles(tmp_path / "in", 2, have_panels=True)
+    build(IngestConfig(str(source), tmp_path / "out", workers=1, panels=True, val_fraction=0, test_fraction=0))
+    dataset = ShardDataset(tmp_path / "out", "train")
+    groups = group_ids(dataset, "figure")
+    members: dict[int, set[str]] = {}
+    for index, group in enumerate(groups.tolist()):
+        members.setdefault(group, set()).add(dataset[index].key)
+    assert sorted(map(sorted, members.values())) == [
+        ["PMC1_f1", "PMC1_f1_pA", "PMC1_f1_pB"],
+        ["PMC1_f2"],
+        ["PMC2_f1", "PMC2_f1_pA", "PMC2_f1_pB"],
+        ["PMC2_f2"],
+    ]
 
 
 def test_captions_of_odd_length_take_little_time():

@@ -44,10 +44,16 @@ def article_xml(*figures: tuple[str, str], number: int | None = None) -> bytes:
     ).encode()
 
 
-def article_files(number: int, num_figures: int = 2) -> dict[str, bytes]:
-    """Return the files of an article with different images, by name."""
+def article_files(number: int, num_figures: int = 2, *, has_panels: bool = False) -> dict[str, bytes]:
+    """Return the files of an article with different images, by name. `has_panels`: the first figure is a row of two."""
     figures = [(f"f{i}", f"Text {i} of {number}") for i in range(num_figures)]
     images = {f"f{i}.jpg": noise_image(100 * number + i) for i in range(num_figures)}
+    if has_panels:
+        figures[0] = ("f0", f"Text 0 of {number}. (a) From above. (b) From below.")
+        gap = np.full((120, 16, 3), 255, np.uint8)
+        sides = [_noise(100 * number + 50 + side, (120, 120)) for side in range(2)]
+        row = Image.fromarray(np.concatenate([sides[0], gap, sides[1]], axis=1))
+        images["f0.jpg"] = encode_image(row, quality=95)
     return {"x.nxml": article_xml(*figures, number=number), **images}
 
 
@@ -66,10 +72,10 @@ def _noise(seed: int, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
 
 
-def write_articles(folder: Path, count: int, num_figures: int = 2) -> Path:
+def write_articles(folder: Path, count: int, num_figures: int = 2, *, have_panels: bool = False) -> Path:
     """Write the articles 1 to `count`, each in its own folder."""
     for number in range(1, count + 1):
-        write_files(folder / str(number), article_files(number, num_figures))
+        write_files(folder / str(number), article_files(number, num_figures, has_panels=have_panels))
     return folder
 
 

@@ -43,7 +43,7 @@ from bclip_fast.ingest.build import build
 from bclip_fast.ingest.config import IngestConfig
 if __name__ == "__main__":
     build(IngestConfig(sys.argv[1], Path(sys.argv[2]), workers=int(sys.argv[3]), engine=sys.argv[4],
-          test_fraction=0.2, max_shard_megabytes=1))
+          test_fraction=0.2, max_shard_megabytes=1, panels=True))
 """
 
 
