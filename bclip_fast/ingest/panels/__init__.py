@@ -1,8 +1,8 @@
 """Split a composite figure into panels with their parts of the caption, but only if image and caption agree.
 
-`captions` reads the labels of the caption, `layout` cuts the image, and `letters` reads the printed letters. With
-`--panel_model`, a `detector` finds boxes for figures that `layout` cannot cut. Where they don't agree, a figure has no
-panels: precision matters more than recall.
+`caption_labels` and `captions` read the caption, `letters` and `glyphs` the printed letters, and `regions` and `layout`
+cut the image. With `--panel_model`, a `detector` finds further boxes. `matching` decides. Where they don't agree, a
+panel is left out: precision matters more than recall.
 """
 
 from __future__ import annotations
@@ -14,45 +14,47 @@ from dataclasses import dataclass
 from bclip_fast.data.image_files import ImageError, open_image
 from bclip_fast.ingest.sanitize import MAX_PIXELS
 
-from .captions import split_caption
-from .layout import layout, layout_of_boxes
-from .letters import Box
+from .captions import Part, caption_parts, split_caption
+from .layout import layout
+from .matching import match_panels
+from .regions import Box
 
-__all__ = ["Panel", "layout", "split_caption", "split_panels"]
+__all__ = ["Panel", "Part", "caption_parts", "layout", "match_panels", "split_caption", "split_panels"]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A panel. `box`: (left, top, right, bottom) in pixels of the figure. `image`: PNG of the box."""
+    """A panel. `box`: (left, top, right, bottom) in pixels of the figure. `image`: PNG. `spans`: own text."""
 
     label: str
     box: Box
     image: bytes
     caption: str
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def split_panels(data: bytes, caption: str, boxes: Sequence[Sequence[float]] | str | None = None) -> list[Panel]:
-    """Return the panels of a figure that `sanitize` accepts, in the order of their labels. In doubt, return none.
+    """Return the panels of a figure that `sanitize` accepts, in the order of their labels. Doubtful ones are left out.
 
     Args:
-        boxes: a detector's boxes, each (left, top, right, bottom, score) in pixels of the figure, which count where the
-            image's gaps show no layout. A string is the reason why the detector found none.
+        boxes: a detector's boxes, each (left, top, right, bottom, score) in pixels of the figure. `match_panels` tells
+            where they count. A string is the reason why the detector found none.
     """
-    parts = split_caption(caption)
-    if not parts:
+    parts = {part.label: part for part in caption_parts(caption)}
+    if not any(part.is_certain for part in parts.values()):
         return []
     try:
         image = open_image(data, MAX_PIXELS).rgb()
     except ImageError:
         return []
-    places = layout(image, list(parts))
-    if not places and boxes and not isinstance(boxes, str):
-        places = layout_of_boxes(image, [_whole(box) for box in boxes], list(parts))
+    candidates = [_whole(box) for box in boxes or ()] if not isinstance(boxes, str) else []
     panels = []
-    for (label, text), box in zip(parts.items(), places, strict=False):
-        buffer = io.BytesIO()
-        image.crop(box).save(buffer, "PNG", compress_level=1)
-        panels.append(Panel(label, box, buffer.getvalue(), text))
+    for match in match_panels(image, list(parts), candidates):
+        part = parts[match.label]
+        if part.is_certain:
+            buffer = io.BytesIO()
+            image.crop(match.box).save(buffer, "PNG", compress_level=1)
+            panels.append(Panel(match.label, match.box, buffer.getvalue(), part.text, part.spans))
     return panels
 
 

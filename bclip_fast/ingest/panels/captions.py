@@ -1,82 +1,347 @@
 """Split the caption of a composite figure into the parts of its panels.
 
-The labels A, B, C, ... must come in order, each in front of its text ("(a) ...", "A, ...", "(B-D) ...", or
-"Left: ..."). Text before the first label belongs to every panel. Labels after their text ("a cell (a)") give no panels.
+A label stands before its text ("(A) a cell. (B) a nucleus") or after it ("a cell (a) and a nucleus (b)"). The caption
+is read clause by clause. A clause that starts with a label belongs to it, and so do following sentences without one.
+In other clauses, the words and punctuation around the labels decide. A label may name several panels ("(C-E) Venn
+diagrams of (C) ..."). Their common text belongs to each.
+
+Labels must be A, B, C, ... in the order of their first text, without a gap. Later labels in a clause of another panel
+are references ("the cells in (a)"). Where the grammar leaves it open to which panel a text belongs, the panels are
+marked as uncertain.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-MAX_PANELS = 12
-_LETTERS = r"[A-La-l](?:\s?(?:[-\u2013\u2014,&/]|and|to)\s?[A-La-l])*"
-_STYLES = (
-    re.compile(rf"\(({_LETTERS})\)[.:,]?"),
-    re.compile(rf"(?<![\w(])({_LETTERS})[).:,](?=\s)"),
-    re.compile(
-        r"\b((?:upper|lower|top|bottom|left|right|middle)(?:[ -](?:left|right|middle))?)(?: panels?)?\s?[:,]", re.I
-    ),
+from .caption_labels import LETTERS, MAX_PANELS, Label, Labels, Span, find_labels, split_clauses
+from .caption_lists import CONTINUES, OPENS, divide_list
+
+_LEAD = re.compile(r"[\s,;:.]*(?:(?:and|in|the|panels?|figures?|subfigures?)\s+)*", re.IGNORECASE)
+# Sentences at the end of the caption about all panels.
+_ABOUT_ALL = re.compile(
+    r"scale bars?|bars?\s*[:=]|error bars?|(?:all )?(?:data|values|results)\b.*\b(?:are|is|were|represent|expressed)|"
+    r"see also|abbreviations?|asterisks?|[\u2217*]+\s*,?\s*p\b|statistical|magnification|original magnification|"
+    r"(?-i:[A-Z][\w\u03b1-\u03c9+/-]{0,9}\s?[:,]\s[\w\s\u03b1-\u03c9-]{3,60}(?:[;.,]|$))",
+    re.IGNORECASE,
 )
-# A label comes in front of its text: at the start of the caption, after punctuation, or after "and".
-_BEFORE = re.compile(r"(?:^|[.;:,!?\u2013\u2014)\]]|\band)\s*$")
-_SEPARATOR = re.compile(r"\s?(?:([-\u2013\u2014]|TO)|[,&/]|AND)\s?")
+
+# Files that belong to a figure are named after its caption.
+_ATTACHED = re.compile(r"\bsource (?:data|code)\s?\d", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The part of a caption that belongs to one panel.
+
+    Attributes:
+        label: "A" to "P", or a place such as "left" or "upper-left".
+        text: the caption of the panel, with the text that belongs to all panels.
+        spans: start and end of the panel's own text in the caption, also of text that it shares with some panels.
+        is_certain: whether the grammar leaves no other way to split the caption.
+    """
+
+    label: str
+    text: str
+    spans: tuple[Span, ...]
+    is_certain: bool = True
 
 
 def split_caption(caption: str) -> dict[str, str]:
-    """Return the caption of each panel by its label: A to L, or a position such as "left".
+    """Return the caption of each panel by its label, as far as it is certain. Empty if the caption names no panels."""
+    return {part.label: part.text for part in caption_parts(caption) if part.is_certain}
 
-    Empty unless the caption uses one style of labels, in order, without a gap, each with its own text.
-    """
-    for style in _STYLES:
-        labels: list[tuple[list[str], int, int]] = []
-        for match in style.finditer(caption):
-            names = _expand(match.group(1))
-            if names and _BEFORE.search(caption[: match.start()]):
-                labels.append((names, match.start(), match.end()))
-        parts = _parts(caption, labels)
+
+def caption_parts(caption: str) -> list[Part]:
+    """Return the part of each panel that the caption names, in the order of the labels. In doubt, return none."""
+    for labels in find_labels(caption):
+        parts = _Reader(caption, labels).parts()
         if parts:
             return parts
-    return {}
+    return []
 
 
-def _expand(text: str) -> list[str]:
-    """Return the letters of a label such as "A", "A and B" or "A-D", or the position that it names."""
-    if len(text) > 2 and re.match(r"(?i)upper|lower|top|bottom|left|right|middle", text):
-        return [text.lower().replace(" ", "-")]
-    tokens = _SEPARATOR.split(text.upper())
-    names = [tokens[0]]
-    for is_range, letter in zip(tokens[1::2], tokens[2::2], strict=True):
-        first = ord(names[-1]) + 1 if is_range else ord(letter)
-        names += [chr(code) for code in range(first, ord(letter) + 1)]
-    return names
+class _Refused(Exception):
+    """The labels of this style are not those of panels."""
 
 
-def _parts(caption: str, candidates: list[tuple[list[str], int, int]]) -> dict[str, str]:
-    """Return the caption of each panel. `candidates`: (names, start, end) of each label in the caption."""
-    if not candidates:
-        return {}
-    names_position = len(candidates[0][0][0]) > 1
-    expected, kept = 0, []
-    for names, start, end in candidates:
-        if names_position:
-            kept.append((names, start, end))
-            continue
-        if names != [chr(ord("A") + expected + i) for i in range(len(names))]:
-            if names[0] < chr(ord("A") + expected):
-                continue  # refers to an earlier panel
-            return {}
-        expected += len(names)
-        kept.append((names, start, end))
-    labels = [name for names, _, _ in kept for name in names]
-    if not 2 <= len(labels) <= MAX_PANELS or len(set(labels)) != len(labels):
-        return {}
-    head = caption[: kept[0][1]].strip(" :;,")
-    parts = {}
-    for i, (names, _, end) in enumerate(kept):
-        text = caption[end : kept[i + 1][1] if i + 1 < len(kept) else len(caption)].strip(" ;,")
-        text = re.sub(r"\s*\band$", "", text).strip(" ;,")
-        if len(re.sub(r"[\W\d_]", "", text)) < 2:
-            return {}
+@dataclass
+class _Reader:
+    """Reads a caption clause by clause."""
+
+    caption: str
+    style: Labels
+    own: dict[str, list[Span]] = field(default_factory=dict)
+    grouped: set[str] = field(default_factory=set)
+    doubtful: set[str] = field(default_factory=set)
+    head: list[Span] = field(default_factory=list)
+    tail: list[Span] = field(default_factory=list)
+    # Clauses without a label after a label that stands after its text.
+    pending: list[Span] = field(default_factory=list)
+    current: tuple[str, ...] = ()
+    # Whether the last label stands after its text, and at the end of its clause.
+    follows: bool = False
+    at_end: bool = False
+
+    def parts(self) -> list[Part]:
+        try:
+            clauses, is_attached = split_clauses(self.caption, self.style.labels), False
+            for index, clause in enumerate(clauses):
+                labels = self._labels_in(clause)
+                is_led = bool(labels and self._is_led(clause, labels[0]))
+                names_file = bool(self.own and _ATTACHED.search(self.caption[clause[0] : clause[1]]))
+                if not is_led and (is_attached or (names_file and not labels)):
+                    continue
+                is_attached = names_file
+                self._read(clause, clauses[index + 1] if index + 1 < len(clauses) else None)
+        except _Refused:
+            return []
+        if self.pending and not self.at_end:
+            self._give(self.current, *self.pending)
+        else:
+            self.tail += self.pending
+        self._move_tail()
+        return self._result()
+
+    def _result(self) -> list[Part]:
+        names = list(self.own)
+        is_complete = self.style.are_places or names == list(LETTERS[: len(names)])
+        if not 2 <= len(names) <= MAX_PANELS or not is_complete:
+            return []
+        parts = []
         for name in names:
-            parts[name] = f"{head} {text}".strip()
-    return parts
+            spans = self._trimmed(self.own[name])
+            if sum(len(re.sub(r"[\W\d_]", "", self.caption[start:end])) for start, end in spans) < 2:
+                return []
+            head, tail = self._trimmed(self.head), self._trimmed(self.tail)
+            texts = [self.caption[start:end] for start, end in (*head, *sorted(spans), *tail)]
+            texts = [text.rstrip(" ;,") if i + 1 < len(texts) else text for i, text in enumerate(texts)]
+            parts.append(Part(name, " ".join(texts).strip(), tuple(sorted(spans)), name not in self.doubtful))
+        return parts
+
+    def _trimmed(self, spans: Sequence[Span]) -> list[Span]:
+        """Return the spans without the punctuation and conjunctions around them, and without empty ones."""
+        trimmed = []
+        for start, end in spans:
+            text = self.caption[start:end]
+            lead = re.match(r"[\s;:,.)]*", text)
+            start += lead.end() if lead else 0
+            text = re.sub(r"(?:[\s;,:(]|\b(?:and|or|panels?))+$", "", self.caption[start:end], flags=re.IGNORECASE)
+            if text:
+                trimmed.append((start, start + len(text)))
+        return trimmed
+
+    def _labels_in(self, clause: Span) -> list[Label]:
+        return [label for label in self.style.labels if clause[0] <= label.start < clause[1]]
+
+    def _is_led(self, clause: Span, label: Label) -> bool:
+        return _LEAD.fullmatch(self.caption[clause[0] : label.start]) is not None
+
+    def _is_new(self, label: Label) -> bool:
+        """Return whether a label names the next panels."""
+        if self.style.are_places:
+            return label.names[0] not in self.own
+        start = len(self.own)
+        return label.names == tuple(LETTERS[start : start + len(label.names)])
+
+    def _is_known(self, label: Label) -> bool:
+        return all(name in self.own for name in label.names)
+
+    def _give(self, names: Sequence[str], *spans: Span) -> None:
+        for name in names:
+            self.own.setdefault(name, []).extend(spans)
+
+    def _define(self, names: Sequence[str], span: Span) -> None:
+        self._give(names, span)
+        self.grouped = self.grouped | set(names) if len(names) > 1 else self.grouped - set(names)
+
+    def _read(self, clause: Span, following: Span | None) -> None:
+        labels = self._labels_in(clause)
+        if labels and self._is_led(clause, labels[0]):
+            self._read_led(clause, labels)
+            return
+        labels = [label for label in labels if self.style.may_follow]
+        usable: list[Label] = []
+        num_known = len(self.own)
+        for label in labels:
+            names = tuple(name for item in usable for name in item.names if name not in self.own)
+            start = num_known + len(names)
+            is_next = label.names == tuple(LETTERS[start : start + len(label.names)])
+            is_new_place = self.style.are_places and label.names[0] not in (*self.own, *names)
+            if is_next or is_new_place or self._is_known(label) or set(label.names) <= set(names):
+                usable.append(label)
+        if not usable:
+            self._read_without_label(clause)
+        elif any(not self._is_known(label) for label in usable):
+            self._read_definitions(clause, usable, following)
+        else:
+            self._read_references(clause, usable)
+
+    def _read_led(self, clause: Span, labels: list[Label]) -> None:
+        """Read a clause that starts with a label."""
+        first = labels[0]
+        if not self._is_new(first) and not self._is_known(first):
+            raise _Refused
+        if self.pending:
+            self._give(self.current, *self.pending)
+            self.doubtful |= set(self.current) if self.at_end else set()
+            self.pending = []
+        segments = [(first, first.end)]
+        for label in labels[1:]:
+            previous, following = self.caption[clause[0] : label.start], self.caption[label.end : clause[1]]
+            pending = [name for item, _ in segments for name in item.names if name not in self.own]
+            start = len(self.own) + len(pending)
+            is_next = label.names == tuple(LETTERS[start : start + len(label.names)])
+            is_next |= self.style.are_places and label.names[0] not in (*self.own, *pending)
+            is_next |= set(label.names) <= self.grouped and label.names != first.names
+            opens = OPENS.search(previous) or re.match(r"\s*[A-Z]", following)
+            if is_next and opens and not CONTINUES.match(following):
+                segments.append((label, label.end))
+        for index, (label, start) in enumerate(segments):
+            end = segments[index + 1][0].start if index + 1 < len(segments) else clause[1]
+            is_defining = not self._is_known(label)
+            inner = [item for item in labels if start <= item.start < end and item is not label]
+            inner = [item for item in inner if set(item.names) <= set(label.names)]
+            self.current = label.names
+            if len(label.names) > 1 and inner:
+                self._read_group((start, end), inner, label.names, is_defining)
+            elif is_defining:
+                self._define(label.names, (start, end))
+            else:
+                self._give(label.names, (start, end))
+        self.follows, self.at_end = False, False
+
+    def _read_group(self, span: Span, labels: list[Label], group: tuple[str, ...], is_defining: bool) -> None:
+        """Read the text of several panels with labels of single ones: "(A, B) views from above (A) and below (B)"."""
+        if is_defining:
+            self._define(group, (span[0], span[0]))
+        names = [name for label in labels for name in label.names]
+        if len(set(names)) < len(names) or (len(labels) == 1 and is_defining and labels[0].start > span[0] + 3):
+            single = len(labels) == 1 and not CONTINUES.match(self.caption[labels[0].end : span[1]])
+            if not single:
+                self._give(group, span)
+                self.doubtful |= set(group)
+                return
+        listed = divide_list(self.caption, span, labels)
+        if listed.follows and is_defining:
+            self._give(group, span)
+            self.doubtful |= set(group)
+            return
+        self._give(group, listed.head)
+        for label, own in zip(labels, listed.spans, strict=True):
+            self._give(label.names, own)
+            self.grouped -= set(label.names)
+        self._give(names, listed.tail)
+        if not listed.is_certain:
+            self.doubtful |= set(group)
+        if not listed.follows:
+            self.current = labels[-1].names
+
+    def _read_without_label(self, clause: Span) -> None:
+        if not self.own:
+            self.head.append(clause)
+        elif self.follows:
+            self.pending.append(clause)
+        else:
+            self._give(self.current, clause)
+
+    def _read_references(self, clause: Span, labels: list[Label]) -> None:
+        """Read a clause that names only panels that are known, and doesn't start with a label."""
+        names = {name for label in labels for name in label.names}
+        if names == set(self.own) and len(names) > 1 and len(labels) == 1:
+            self.tail.append(clause)
+        elif len(self.current) > 1 and names <= set(self.current):
+            self._read_group(clause, labels, self.current, is_defining=False)
+        elif self.follows:
+            if self.pending:
+                self._give(self.current, *self.pending)
+                self.doubtful |= set(self.current) if self.at_end else set()
+                self.pending = []
+            self._read_more(clause, labels)
+        elif names & set(self.current):
+            self._give(self.current, clause)
+        elif _ABOUT_ALL.match(self.caption[clause[0] : clause[1]].strip()):
+            self._give(sorted(names), clause)
+
+    def _read_more(self, clause: Span, labels: list[Label]) -> None:
+        """Read a clause on panels whose labels stood after their texts: "(a) shows X and (b) Y"."""
+        starts = [clause[0]]
+        for label, following in itertools.pairwise(labels):
+            cuts = list(re.finditer(r"[,;]|\band\b", self.caption[label.end : following.start]))
+            if not cuts:
+                return
+            starts.append(label.end + cuts[-1].start())
+        for label, start, end in zip(labels, starts, [*starts[1:], clause[1]], strict=True):
+            self._give(label.names, (start, end))
+            if not re.search(r"[^\W_]", self.caption[label.end : end]):
+                self.doubtful |= set(label.names)
+
+    def _read_definitions(self, clause: Span, labels: list[Label], following: Span | None) -> None:
+        """Read a clause with labels of new panels that doesn't start with a label."""
+        labels = [label for label in labels if not self._is_known(label)] if len(labels) > 1 else labels
+        names = [name for label in labels for name in label.names]
+        if len(set(names)) < len(names):
+            # A label that comes again in its own clause refers to its panel.
+            labels = [label for i, label in enumerate(labels) if not any(label.names == x.names for x in labels[:i])]
+            names = [name for label in labels for name in label.names]
+            if len(set(names)) < len(names):
+                raise _Refused
+        text_after = self.caption[labels[0].end : clause[1]]
+        if len(labels) == 1:
+            following_labels = self._labels_in(following) if following else []
+            is_led = bool(following and following_labels and self._is_led(following, following_labels[0]))
+            if is_led and not self.own and not CONTINUES.match(text_after):
+                self.head.append((clause[0], labels[0].start))
+                self._define(labels[0].names, (labels[0].end, clause[1]))
+                self.current, self.follows = labels[0].names, False
+                return
+            at_end = re.fullmatch(r"[\s.;,:)]*", text_after) is not None
+            self._settle_pending(labels[0].names, at_end)
+            self._define(labels[0].names, (clause[0], labels[0].start))
+            self._give(labels[0].names, (labels[0].end, clause[1]))
+            self.current, self.follows, self.at_end = labels[0].names, True, at_end
+            return
+        listed = divide_list(self.caption, clause, labels)
+        at_end = re.fullmatch(r"[\s.;,:)]*", self.caption[labels[-1].end : clause[1]]) is not None
+        self._settle_pending(labels[0].names, at_end)
+        for label, own in zip(labels, listed.spans, strict=True):
+            self._define(label.names, own)
+        if listed.head[0] < listed.head[1]:
+            if len(names) == len(self.own):
+                self.head.append(listed.head)
+            else:
+                self._give(names, listed.head)
+        self._give(names, listed.tail)
+        if not listed.is_certain:
+            self.doubtful |= set(names)
+        self.current = labels[-1].names
+        self.follows, self.at_end = listed.follows, listed.follows
+
+    def _settle_pending(self, names: Sequence[str], at_end: bool) -> None:
+        """Give the sentences between two labels that stand after their texts to one of them."""
+        if not self.pending:
+            return
+        self._give(names if self.at_end and at_end else self.current, *self.pending)
+        if self.at_end:
+            self.doubtful |= {*self.current, *names}
+        self.pending = []
+
+    def _move_tail(self) -> None:
+        """Move sentences about all panels from the end of the last panel's text to the common text."""
+        last = next(reversed(self.own), None)
+        if last is None or self.tail or len(self.own[last]) < 2:
+            return
+        others = [span for name, spans in self.own.items() if name != last for span in spans]
+        while len(self.own[last]) > 1:
+            start, end = self.own[last][-1]
+            match = _ABOUT_ALL.match(self.caption[start:end].strip())
+            if not match:
+                return
+            word = match.group().split()[0].lower()
+            if any((a, b) == (start, end) or word in self.caption[a:b].lower() for a, b in others):
+                return
+            self.own[last].pop()
+            self.tail.insert(0, (start, end))

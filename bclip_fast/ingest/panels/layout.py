@@ -1,9 +1,8 @@
-"""Find the panels of a composite figure in its image.
+"""Find the panels of a composite figure without printed letters in its image.
 
 The image is cut along rows and columns of background, the widest first, into as many parts as the caption has labels.
-These gaps must be clearly wider than the remaining ones. The parts must form rows and columns of panels of similar
-size, in reading order, where the last row may be shorter. In a grid of several rows and columns, the letters may run
-along the rows or down the columns. The printed letters decide (`letters`).
+These gaps must be clearly wider than the remaining ones. The parts must form one row or one column of panels of similar
+size, or two rows of which the second is shorter and centred.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .letters import Box, read_order
+from .regions import Box
 
 # The layout is determined on a copy whose longer side has at most this many pixels.
 _WORKING_SIDE = 600
@@ -45,25 +44,20 @@ def layout(image: Image.Image, labels: list[str]) -> list[Box]:
             # The limit for artefacts also discards thin text at the edge. The text lies within half a gap.
             padding = min(gap // 2, _MAX_PADDING)
             enlarged = [[_enlarged(_padded(box, padding, size), size, image) for box in row] for row in rows]
-            return _in_order(image, enlarged, labels)
+            return _in_order(enlarged)
     return []
 
 
-def layout_of_boxes(image: Image.Image, boxes: list[Box], labels: list[str]) -> list[Box]:
-    """Return the boxes of a detector in the order of the labels. Empty unless they are a grid with a box per label."""
+def in_order(boxes: list[Box], labels: list[str]) -> list[Box]:
+    """Return candidate boxes in the order of the labels. Empty unless they form a clear row or column, one a label."""
     rows = _grid(boxes, labels) if len(boxes) == len(labels) else []
-    return _in_order(image, rows, labels) if rows else []
+    return _in_order(rows) if rows else []
 
 
-def _in_order(image: Image.Image, rows: list[list[Box]], labels: list[str]) -> list[Box]:
-    """Return the panels in the order of their letters. Empty if the image doesn't show the order."""
-    by_rows = [box for row in rows for box in row]
-    if len(rows) == 1 or len(rows[0]) == 1 or _has_centred_last_row(rows):
-        return by_rows
-    order = read_order(image, rows, labels)
-    if order == "columns":
-        return [row[column] for column in range(len(rows[0])) for row in rows if column < len(row)]
-    return by_rows if order == "rows" else []
+def _in_order(rows: list[list[Box]]) -> list[Box]:
+    """Return the panels in reading order. Empty in a grid, where the letters may run along the rows or the columns."""
+    is_row_or_column = len(rows) == 1 or len(rows[0]) == 1
+    return [box for row in rows for box in row] if is_row_or_column or _has_centred_last_row(rows) else []
 
 
 def _has_centred_last_row(rows: list[list[Box]]) -> bool:
