@@ -35,14 +35,15 @@ PENALTY = 0.05
 def read_figures(articles: Path, labels: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the features (n, F), the kinds (n,) as positions in the taxonomy, and the fold (n,) of each figure."""
     from bclip_fast.data.image_files import open_image
-    from bclip_fast.ingest.sanitize import MAX_PIXELS
+    from bclip_fast.ingest.sanitize import sanitize
 
     rows = {row["image"]: row for row in map(json.loads, (articles / "pairs.jsonl").read_text().splitlines())}
     labelled = json.loads(labels.read_text())
     names = kinds.taxonomy().names
     features, fold_of = [], folds([rows[label["image"]]["pmcid"] for label in labelled])
     for label in labelled:
-        image = open_image((articles / label["image"]).read_bytes(), MAX_PIXELS).rgb()
+        # As shards have it: reduced, and encoded as JPEG.
+        image = open_image(sanitize((articles / label["image"]).read_bytes()).data).rgb()
         features.append(features_of(image, rows[label["image"]]["caption"]))
     return np.array(features), np.array([names.index(label["kind"]) for label in labelled]), fold_of
 
