@@ -123,9 +123,12 @@ class _Reader:
         return parts
 
     def _trimmed(self, spans: Sequence[Span]) -> list[Span]:
-        """Return the spans without the punctuation and conjunctions around them, and without empty ones."""
-        trimmed = []
+        """Return the spans without the punctuation and conjunctions around them. Neighbours become one span."""
+        joined: list[Span] = []
         for start, end in spans:
+            joined.append((joined.pop()[0] if joined and joined[-1][1] == start else start, end))
+        trimmed = []
+        for start, end in joined:
             text = self.caption[start:end]
             lead = re.match(r"[\s;:,.)]*", text)
             start += lead.end() if lead else 0
