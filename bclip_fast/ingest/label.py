@@ -129,6 +129,8 @@ def run(config: LabelConfig) -> None:
     description = read_description(open_storage(root))
     if not (root / MANIFEST).is_file():
         raise UserError(f"{root / MANIFEST} is missing; copy it, or build the dataset again")
+    if config.filter not in ("", filters.ALL):
+        filters.parse(config.filter).check_columns([*_columns(root / MANIFEST), *COLUMNS], str(root / MANIFEST))
     prompts = _read_prompts(config.prompts) if config.prompts else ""
     labeller = Labeller(config.model, prompts, config.batch_size, config.device)
     if config.model:
@@ -143,9 +145,22 @@ def run(config: LabelConfig) -> None:
             except OSError:
                 raise UserError(f"{root}: another process labels this dataset; wait for it or end it") from None
             _label(config, labeller, description, work)
-        shutil.rmtree(work, ignore_errors=True)
+            # Under the lock, so another process that begins now does not lose its files.
+            shutil.rmtree(work, ignore_errors=True)
     if config.filter:
         record_filter(root, config.filter)
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of a manifest's columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names: list[str] = pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}; copy it again, or build again") from None
+    return names
 
 
 def _read_prompts(path: Path) -> str:
