@@ -41,7 +41,7 @@ _STYLES = (
     (re.compile(_brackets(_list("[a-p]"))), True),
     (re.compile(rf"(?<![\w(])({_list('[A-P]')})[).:,](?=\s|[A-Z])"), False),
     (re.compile(rf"(?<![\w(])({_list('[a-p]')})[).:,](?=\s|[A-Z])"), False),
-    (re.compile(rf"(?:^|(?<=[.;:,)]\s))({_list('[a-p]')})\s(?=[^\s=<>,.;:)])"), False),
+    (re.compile(rf"(?:^|(?<=[.;:,)]\s)|(?<=, and\s))({_list('[a-p]')})\s(?=[^\s=<>,.;:)])"), False),
     (re.compile(rf"(?:^|(?<=[.;:,)]\s))({_list('[A-P]')})\s(?=[^\s=<>,.;:)])"), False),
     (re.compile(rf"\(\s*({_PLACE})(?:\s(?:panels?|images?))?\s*\)", re.IGNORECASE), True),
     (re.compile(rf"\b({_PLACE})(?:\spanels?)?\s?[:,]", re.IGNORECASE), False),
@@ -113,7 +113,7 @@ def split_clauses(caption: str, labels: Sequence[Label]) -> list[Span]:
         if not _ABBREVIATION.search(before[-16:]) or re.match(r"\s*[(\[]", caption[match.end() - 1 :]):
             ends.add(match.end())
     for label in labels:
-        if re.search(r"[.;:]\s*$", caption[max(0, label.start - 3) : label.start]):
+        if re.search(r"(?:[.;]|(?<!\bbar)(?<!bars):)\s*$", caption[max(0, label.start - 8) : label.start]):
             ends.add(label.start)
         ends -= set(range(label.start + 1, label.end))
     bounds = [0, *sorted(end for end in ends if 0 < end < len(caption)), len(caption)]
