@@ -22,19 +22,24 @@ CONTINUES = re.compile(r"\s*(?:[,;:.)]|$|(?:and|or|as well as|however|while|wher
 # "..., (H) and ...": a conjunction after a label that follows a comma.
 _ENDS, _JOINS = re.compile(r"[,;]\s*$"), re.compile(r"\s*(?:and|or)\s+\w")
 _CONJUNCTION = re.compile(r"^[\s,;:.]*(?:(?:and|or|as well as|however;?|while|whereas|but|versus|vs\.?)\b[\s,;]*)*")
-_SHARED = re.compile(r"\w\)?\s+(?:of|for|in|from|with|at|on|after|under)\s")
+# Texts of at most so many words may share the end of the last one, if it has so many words more.
+_MAX_SHARING, _MIN_SHARED = 3, 3
 _PREPOSITION = re.compile(r"\b(?:of|for|between|with|using|on|at|to|by)\s+")
 
 
 @dataclass
 class LabelledList:
-    """Several labels of one clause with their texts. `head`, `tail`: text of all of them."""
+    """Several labels of one clause with their texts. `head`, `tail`: text of all of them.
+
+    `is_end_shared`: whether the end of the last text may belong to all.
+    """
 
     spans: list[Span]
     head: Span
     tail: Span
     follows: bool
     is_certain: bool
+    is_end_shared: bool = False
 
 
 def divide_list(caption: str, span: Span, labels: Sequence[Label]) -> LabelledList:
@@ -55,11 +60,10 @@ def divide_list(caption: str, span: Span, labels: Sequence[Label]) -> LabelledLi
         bounds = [label.start for label in labels[1:]] + [end]
         spans = [(label.end, bound) for label, bound in zip(labels, bounds, strict=True)]
         is_clear = bool(INTRODUCES.search(befores[0]) or opened[0] or not befores[0].strip())
-        # In "(a) tea and (b) rum from Java", the last words may belong to both.
-        texts = [caption[slice(*own)] for own in spans]
-        is_shared = all(len(text.split()) <= 2 for text in texts[:-1]) and _SHARED.search(texts[-1])
-        is_certain = (is_clear or len(labels) > 2) and not is_shared
-        return LabelledList(spans, (start, labels[0].start), (end, end), False, is_certain)
+        is_certain = is_clear or len(labels) > 2
+        return LabelledList(
+            spans, (start, labels[0].start), (end, end), False, is_certain, has_shared_end(caption, spans)
+        )
     # Each label after its text. The last text may go on after the last label.
     follows = not any(starts_text[:-1])
     starts = [start, *(label.end for label in labels[:-1])]
@@ -73,6 +77,12 @@ def divide_list(caption: str, span: Span, labels: Sequence[Label]) -> LabelledLi
         spans[0] = (head[1], spans[0][1])
     tail = (labels[-1].end, end)
     return LabelledList(spans, head, tail, True, follows or len(labels) == 1)
+
+
+def has_shared_end(caption: str, spans: Sequence[Span]) -> bool:
+    """Return whether the last words may belong to all: "from Java" in "(a) tea and (b) rum from Java"."""
+    *others, last = (len(re.findall(r"\w+", re.sub(r"\b(?:and|or)\s*$", "", caption[slice(*own)]))) for own in spans)
+    return bool(others) and max(others) <= _MAX_SHARING and last >= max(others) + _MIN_SHARED
 
 
 def divide_after(caption: str, span: Span, labels: Sequence[Label]) -> list[Span]:

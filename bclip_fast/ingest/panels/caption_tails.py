@@ -29,7 +29,7 @@ def num_about_all(caption: str, own: Sequence[Span], others: Sequence[Span]) -> 
     If one of them starts like a sentence in the text of another panel, each panel has such sentences of its own.
     """
     number = 0
-    while number < len(own) - 1 and is_about_all(caption[slice(*own[-1 - number])]):
+    while number < len(own) - 1 and _starts_sentence_about_all(caption, own[-1 - number]):
         number += 1
     for start, end in own[len(own) - number :]:
         word = caption[start:end].split()[0].lower()
@@ -38,9 +38,30 @@ def num_about_all(caption: str, own: Sequence[Span], others: Sequence[Span]) -> 
     return number
 
 
+def _starts_sentence_about_all(caption: str, span: Span) -> bool:
+    return is_about_all(caption[slice(*span)]) and not caption[: span[0]].rstrip().endswith(";")
+
+
 def refers(caption: str, label: Label) -> bool:
     """Return whether the words before a label make it a reference: "as in (B)"."""
     return _REFERS.search(caption[max(0, label.start - 20) : label.start]) is not None
+
+
+def is_missing(caption: str, label: Label, labels: Sequence[Label]) -> bool:
+    """Return whether a label refers to a panel that no other label of the caption names."""
+    others = [other for other in labels if other != label and set(other.names) & set(label.names)]
+    return refers(caption, label) and not others
+
+
+def is_for_named(caption: str, clause: Span, labels: Sequence[Label]) -> bool:
+    """Return whether a clause is about the panels that it names, as "Scale bars, 5 mm (a, c)" is."""
+    is_list = len(labels[-1].names) > 1 and not refers(caption, labels[-1])
+    return is_about_all(caption[slice(*clause)]) or (is_list and ends_clause(caption, labels[-1], clause))
+
+
+def ends_clause(caption: str, label: Label, clause: Span) -> bool:
+    """Return whether nothing but punctuation follows a label in its clause."""
+    return re.fullmatch(r"[\s.;,:)]*", caption[label.end : clause[1]]) is not None
 
 
 def refers_to(text: str, names: Sequence[str]) -> bool:

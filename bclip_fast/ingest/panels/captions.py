@@ -12,13 +12,14 @@ marked as uncertain.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .caption_labels import LETTERS, MAX_PANELS, Label, Labels, Span, find_labels, split_clauses
-from .caption_lists import CONTINUES, INTRODUCES, OPENS, STARTS, divide_after, divide_list
-from .caption_tails import is_about_all, num_about_all, refers, refers_to, trimmed
+from .caption_lists import CONTINUES, INTRODUCES, OPENS, STARTS, divide_after, divide_list, has_shared_end
+from .caption_tails import ends_clause, is_for_named, is_missing, num_about_all, refers, refers_to, trimmed
 
 _LEAD = re.compile(r"[\s,;:.]*(?:(?:and|in|the|panels?|figures?|subfigures?)\s+)*", re.IGNORECASE)
 # Files that belong to a figure are named after its caption.
@@ -68,6 +69,7 @@ class _Reader:
     style: Labels
     own: dict[str, list[Span]] = field(default_factory=dict)
     grouped: set[str] = field(default_factory=set)
+    group: frozenset[str] = frozenset()
     doubtful: set[str] = field(default_factory=set)
     head: list[Span] = field(default_factory=list)
     tail: list[Span] = field(default_factory=list)
@@ -107,7 +109,11 @@ class _Reader:
         joined: list[Span] = []
         for clause in split_clauses(self.caption, self.style.labels):
             labels = self._labels_in(clause) if self.style.may_follow else []
-            if len(labels) == 1 and self._ends_clause(labels[0], clause) and not self._is_led(clause, labels[0]):
+            if (
+                len(labels) == 1
+                and ends_clause(self.caption, labels[0], clause)
+                and not self._is_led(clause, labels[0])
+            ):
                 while (
                     joined
                     and self.caption[slice(*joined[-1])].rstrip().endswith(";")
@@ -150,17 +156,13 @@ class _Reader:
     def _is_known(self, label: Label) -> bool:
         return all(name in self.own for name in label.names)
 
-    def _is_missing(self, label: Label) -> bool:
-        """Return whether a label refers to a panel that the caption names nowhere else."""
-        others = [other for other in self.style.labels if other != label and set(other.names) & set(label.names)]
-        return refers(self.caption, label) and not others
-
     def _give(self, names: Sequence[str], *spans: Span) -> None:
         for name in names:
             self.own.setdefault(name, []).extend(spans)
 
     def _define(self, names: Sequence[str], span: Span) -> None:
         self._give(names, span)
+        self.group = frozenset(names)
         self.grouped = self.grouped | set(names) if len(names) > 1 else self.grouped - set(names)
 
     def _read(self, clause: Span, following: Span | None) -> None:
@@ -178,7 +180,7 @@ class _Reader:
             is_new_place = self.style.are_places and label.names[0] not in (*self.own, *names)
             if is_next or is_new_place or self._is_known(label) or set(label.names) <= set(names):
                 usable.append(label)
-        if not usable and self.own and any(self._is_missing(label) for label in labels):
+        if not usable and self.own and any(is_missing(self.caption, label, self.style.labels) for label in labels):
             pass  # a sentence about a panel that has no text of its own
         elif not usable:
             self._read_without_label(clause)
@@ -210,6 +212,9 @@ class _Reader:
                 if len(first.names) > 1 and len(segments) == 2 and set(labels[1].names) <= set(first.names):
                     # "(A, B) Sizes of (A) cells, (B) nuclei, (C) nucleoli": the words of the group may belong to C.
                     self.doubtful |= set(label.names)
+        texts = [(start, following.start) for (_, start), (following, _) in itertools.pairwise(segments)]
+        if has_shared_end(self.caption, [*texts, (segments[-1][1], clause[1])]):
+            self.doubtful |= {name for label, _ in segments[:-1] for name in label.names}
         for index, (label, start) in enumerate(segments):
             end = segments[index + 1][0].start if index + 1 < len(segments) else clause[1]
             is_defining = not self._is_known(label)
@@ -235,6 +240,7 @@ class _Reader:
                 self._give(group, span)
                 self.doubtful |= set(group)
                 return
+        self.group = frozenset()
         listed = divide_list(self.caption, span, labels)
         if listed.follows and is_defining:
             self._give(group, span)
@@ -245,8 +251,8 @@ class _Reader:
             self._give(label.names, own)
             self.grouped -= set(label.names)
         self._give(names, listed.tail)
-        if not listed.is_certain:
-            self.doubtful |= set(group)
+        self.doubtful |= set(group) if not listed.is_certain else set()
+        self.doubtful |= set(group) - set(labels[-1].names) if listed.is_end_shared else set()
         if not listed.follows:
             self.current = labels[-1].names
 
@@ -257,6 +263,8 @@ class _Reader:
             self.pending.append(clause)
         else:
             self._give(self.current, clause)
+            # "(A, B) Sizes. (A) Cells. (B) Nuclei. Of three mice." The last sentence may belong to the group.
+            self.doubtful |= self.group - set(self.current) if self.group > set(self.current) else set()
 
     def _read_references(self, clause: Span, labels: list[Label]) -> None:
         """Read a clause that names only panels that are known, and doesn't start with a label."""
@@ -268,19 +276,10 @@ class _Reader:
         elif self.follows:
             self._give_pending()
             self._read_more(clause, labels)
-        elif self._is_for_named(clause, labels):
+        elif is_for_named(self.caption, clause, labels) or names > set(self.current):
             self._give(sorted(names), clause)
         elif names & set(self.current) or all(refers(self.caption, label) for label in labels):
             self._give(self.current, clause)
-
-    def _is_for_named(self, clause: Span, labels: list[Label]) -> bool:
-        """Return whether a clause is about the panels that it names, as "Scale bars, 5 mm (a, c)" is."""
-        last = labels[-1]
-        is_list = len(last.names) > 1 and not refers(self.caption, last)
-        return is_about_all(self.caption[slice(*clause)]) or (is_list and self._ends_clause(last, clause))
-
-    def _ends_clause(self, label: Label, clause: Span) -> bool:
-        return re.fullmatch(r"[\s.;,:)]*", self.caption[label.end : clause[1]]) is not None
 
     def _give_pending(self, names: Sequence[str] = ()) -> None:
         """Give the sentences after a label that stands after its text to its panel. They may belong to the next one."""
@@ -327,14 +326,14 @@ class _Reader:
                 self._define(labels[0].names, (labels[0].end, clause[1]))
                 self.current = labels[0].names
                 return
-            at_end = self._ends_clause(labels[0], clause)
+            at_end = ends_clause(self.caption, labels[0], clause)
             self._give_pending(labels[0].names)
             self._define(labels[0].names, (clause[0], labels[0].start))
             self._give(labels[0].names, (labels[0].end, clause[1]))
             self.current, self.follows, self.at_end = labels[0].names, True, at_end
             return
         listed = divide_list(self.caption, clause, labels)
-        at_end = self._ends_clause(labels[-1], clause)
+        at_end = ends_clause(self.caption, labels[-1], clause)
         self._give_pending(names)
         for label, own in zip(labels, listed.spans, strict=True):
             self._define(label.names, own)
@@ -344,7 +343,7 @@ class _Reader:
             else:
                 self._give(names, listed.head)
         self._give(names, listed.tail)
-        if not listed.is_certain:
-            self.doubtful |= set(names)
+        self.doubtful |= set(names) if not listed.is_certain else set()
+        self.doubtful |= set(names) - set(labels[-1].names) if listed.is_end_shared else set()
         self.current = labels[-1].names
         self.follows, self.at_end = listed.follows, listed.follows
