@@ -48,8 +48,8 @@ log = logging.getLogger(__name__)
 
 RESULTS = Path(__file__).parent / "results" / "recipes.jsonl"
 _TEST_FRACTION = 0.25
-_BATCH = 64
-_NUM_RESAMPLES = 2000
+BATCH = 64
+NUM_RESAMPLES = 2000
 _K = 10
 
 
@@ -99,7 +99,7 @@ def main(config: RecipesConfig) -> None:
                 continue
             start, is_new = cpu_seconds(), not (config.out / f"{name}-{seed}").exists()
             run = _train(config, name, seed, shards)
-            row = {**_evaluate(run, shards), "recipe": name, "seed": seed, "epochs": config.epochs}
+            row = {**evaluate(run, shards), "recipe": name, "seed": seed, "epochs": config.epochs}
             row |= _pairs_of_run(run) | ({"cpu_seconds": round(cpu_seconds() - start, 1)} if is_new else {})
             write_text(result, json.dumps(row) + "\n")
             if config.record:
@@ -118,23 +118,25 @@ def _shards(config: RecipesConfig, seed: int) -> Path:
 
 def _train(config: RecipesConfig, name: str, seed: int, shards: Path) -> Path:
     recipe, run = RECIPES[name], config.out / f"{name}-{seed}"
-    train(
-        TrainConfig(
-            run=str(run),
-            resume=True,
-            seed=seed,
-            epochs=config.epochs,
-            batch_size=_BATCH,
-            preset="quickstart",
-            # Every recipe has the vocabulary of the captions.
-            data=replace(recipe.data, shards=str(shards), tokenizer=str(_vocabulary(shards)), crop_scale=(0.5, 1.0)),
-            loss=recipe.loss,
-            optim=OptimConfig(lr=1e-3, warmup_steps=50, weight_decay=0.1, grad_clip_norm=1.0),
-            engine=EngineConfig(name="ddp", precision="fp32"),
-            checkpoint=CheckpointConfig(every_steps=100, keep=1),
-        )
-    )
+    train(training(run, seed, shards, recipe.data, loss=recipe.loss, epochs=config.epochs))
     return run
+
+
+def training(run: Path, seed: int, shards: Path, data: DataConfig, **changes: Any) -> TrainConfig:
+    """The settings of a small run. `changes`: further settings of the run, such as its length."""
+    settings = TrainConfig(
+        run=str(run),
+        resume=True,
+        seed=seed,
+        batch_size=BATCH,
+        preset="quickstart",
+        # Every run has the vocabulary of the captions.
+        data=replace(data, shards=str(shards), tokenizer=str(_vocabulary(shards)), crop_scale=(0.5, 1.0)),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, weight_decay=0.1, grad_clip_norm=1.0),
+        engine=EngineConfig(name="ddp", precision="fp32"),
+        checkpoint=CheckpointConfig(every_steps=100, keep=1),
+    )
+    return replace(settings, **changes)
 
 
 def _vocabulary(shards: Path) -> Path:
@@ -147,7 +149,7 @@ def _vocabulary(shards: Path) -> Path:
     return path
 
 
-def _evaluate(run: Path, shards: Path) -> dict[str, Any]:
+def evaluate(run: Path, shards: Path) -> dict[str, Any]:
     """The rank of every query among the complete figures of the test articles, in both directions."""
     dataset = ShardDataset(shards, "test")
     metas = [sample.meta for sample in dataset]
@@ -169,6 +171,7 @@ def _evaluate(run: Path, shards: Path) -> dict[str, Any]:
         "num_train": len(ShardDataset(shards)),
         "ranks": directions,
         "articles": [metas[i]["article"] for i in rows],
+        "keys": [data.key(i) for i in range(len(rows))],
     }
 
 
@@ -203,7 +206,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
             "",
             f"{ranks.mean():.1f}",
         ]
-        cells += ["", "", f"{np.mean([row.get('shared_positives', 0.0) for row in runs]):.1f} of {_BATCH}"]
+        cells += ["", "", f"{np.mean([row.get('shared_positives', 0.0) for row in runs]):.1f} of {BATCH}"]
         if name != "clip" and all(row["seed"] in base for row in runs):
             for of, column, form in ((_hits, 5, "+.1%"), (_ranks, 8, "+.1f")):
                 change = np.concatenate([of(row) - of(base[row["seed"]]) for row in runs])
@@ -234,7 +237,7 @@ def interval(values: np.ndarray, articles: np.ndarray) -> tuple[float, float]:
     """
     _, owners = np.unique(articles, return_inverse=True)
     sums, counts = np.bincount(owners, values), np.bincount(owners)
-    drawn = np.random.default_rng(0).integers(0, len(sums), (_NUM_RESAMPLES, len(sums)))
+    drawn = np.random.default_rng(0).integers(0, len(sums), (NUM_RESAMPLES, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
     return low, high

@@ -52,7 +52,7 @@ def test_finished_runs_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(recipes, "_shards", lambda config, seed: tmp_path)
     monkeypatch.setattr(recipes, "_train", train)
-    monkeypatch.setattr(recipes, "_evaluate", lambda run, shards: row("", 0, [1, 2, 3, 30]))
+    monkeypatch.setattr(recipes, "evaluate", lambda run, shards: row("", 0, [1, 2, 3, 30]))
     monkeypatch.setattr(recipes, "RESULTS", tmp_path / "results.jsonl")
     recipes.main(recipes.RecipesConfig(tmp_path, tmp_path, recipe=("clip",), seeds=2))
     recipes.main(recipes.RecipesConfig(tmp_path, tmp_path, recipe=("clip", "siglip"), seeds=2))

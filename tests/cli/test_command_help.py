@@ -109,7 +109,7 @@ def test_help_and_the_first_line_of_doctor_come_before_torch_is_imported(tmp_pat
     ("words", "found"),
     [
         (["trai"], ["train"]),
-        (["ingest", ""], ["build", "check", "fetch", "report", "verify"]),
+        (["ingest", ""], ["build", "check", "fetch", "label", "report", "verify"]),
         (["train", "--data.loader", ""], ["native", "dali"]),
         (["train", "--data.loa"], ["--data.loader"]),
         (["train", "--data.no_aug"], ["--data.no_augment"]),
