@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from bclip_fast.ingest.kinds import classifier as package
 from bclip_fast.ingest.kinds.classifier import UNIT, Classifier, features_of
 from bclip_fast.ingest.kinds.features import SCALE
 from bclip_fast.ingest.label import Labeller, zero_shot
+
+from .measure import environment, record
 
 log = logging.getLogger(__name__)
 
@@ -68,15 +69,15 @@ def folds(articles: Sequence[str]) -> np.ndarray:
     return np.array([fold_of[article] for article in articles])
 
 
-def train(features: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -> Classifier:
+def train(features: np.ndarray, targets: np.ndarray) -> Classifier:
     """Return a classifier of the kinds that occur in `targets`, with integer weights."""
     from sklearn.linear_model import LogisticRegression
 
     scaled = features / SCALE
     mean, spread = scaled.mean(0), np.maximum(scaled.std(0), 1e-3)
     model = LogisticRegression(C=PENALTY, max_iter=2000, tol=1e-6).fit((scaled - mean) / spread, targets)
-    weights = model.coef_ / spread / temperature
-    bias = model.intercept_ / temperature - weights @ mean
+    weights = model.coef_ / spread
+    bias = model.intercept_ - weights @ mean
     names = kinds.taxonomy().names
     return Classifier(
         tuple(names[number] for number in model.classes_),
@@ -85,28 +86,16 @@ def train(features: np.ndarray, targets: np.ndarray, temperature: float = 1.0) -
     )
 
 
-def out_of_fold(features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+def out_of_fold(features: np.ndarray, targets: np.ndarray, fold_of: np.ndarray) -> np.ndarray:
     """Return the probabilities (n, kinds of the taxonomy) of each figure by a classifier that never saw the article."""
     names = kinds.taxonomy().names
     result = np.zeros((len(targets), len(names)))
     for fold in range(NUM_FOLDS):
         held_out = fold_of == fold
-        model = train(features[~held_out], targets[~held_out], temperature)
+        model = train(features[~held_out], targets[~held_out])
         columns = [names.index(name) for name in model.kinds]
         result[np.ix_(held_out, columns)] = model.probabilities(features[held_out])
     return result
-
-
-def fit_temperature(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Return the temperature, from 0.5 to 2, that makes probabilities of the targets likeliest."""
-    logits = np.log(np.maximum(probabilities, 1e-4))
-
-    def loss(temperature: float) -> float:
-        scaled = logits / temperature
-        scaled -= scaled.max(1, keepdims=True)
-        return float((np.log(np.exp(scaled).sum(1)) - scaled[np.arange(len(targets)), targets]).mean())
-
-    return min(np.arange(0.5, 2.01, 0.05).tolist(), key=loss)
 
 
 def measure(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -128,6 +117,28 @@ def measure(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         "medical_precision": hits / max(1.0, float(says_medical.sum())),
         "medical_recall": hits / max(1.0, float(is_medical.sum())),
     }
+
+
+def measure_zero_shot(predicted: np.ndarray, targets: np.ndarray, num_resamples: int = 10_000) -> dict[str, float]:
+    """Return accuracy and mean recall of the kinds, with the ends of their 95 % intervals.
+
+    The intervals are those of the bootstrap over figures, for the mean recall within each kind.
+    """
+    generator = np.random.default_rng(0)
+    is_right = predicted == targets
+    parts = {"accuracy": [is_right], "mean_recall": [is_right[targets == kind] for kind in np.unique(targets)]}
+    result: dict[str, float] = {}
+    for name, groups in parts.items():
+        # The number of right answers among n drawn ones is binomial.
+        drawn = np.mean([generator.binomial(len(g), g.mean(), num_resamples) / len(g) for g in groups], axis=0)
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        value = float(np.mean([g.mean() for g in groups]))
+        result |= {name: value, f"{name}_low": float(low), f"{name}_high": float(high)}
+    return result
+
+
+def _row(contender: str, count: int, measured: dict[str, float]) -> dict[str, Any]:
+    return {**environment(), "operator": "figure_kinds", "case": f"{count} figures", "contender": contender, **measured}
 
 
 def confusion(predicted: np.ndarray, targets: np.ndarray) -> str:
@@ -153,16 +164,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("articles", type=Path)
     parser.add_argument("--labels", type=Path, default=LABELS)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="train on all figures, and write the package's weights")
+    parser.add_argument("--record", action="store_true", help="append rows to benchmarks/results/<device>.jsonl")
     parser.add_argument("--model", default="", help="measure zero-shot classification by this model instead")
     arguments = parser.parse_args()
     if arguments.model:
         found, by_eye = zero_shot_kinds(arguments.articles, arguments.labels, Labeller(arguments.model))
         names = kinds.taxonomy().names
-        print(f"{arguments.model}: accuracy={sum(map(operator.eq, found, by_eye)) / len(by_eye):.3f}")
         # A damaged image counts as `other`.
         predicted = np.array([names.index(kind or "other") for kind in found])
-        print(confusion(predicted, np.array([names.index(kind) for kind in by_eye])))
+        targets = np.array([names.index(kind) for kind in by_eye])
+        measured = measure_zero_shot(predicted, targets)
+        print(f"{arguments.model}: " + " ".join(f"{key}={value:.3f}" for key, value in measured.items()))
+        print(confusion(predicted, targets))
+        if arguments.record:
+            record([_row(f"zero-shot {Path(arguments.model).name}", len(targets), measured)])
         return
     features, targets, fold_of = read_figures(arguments.articles, arguments.labels)
     num_image = features.shape[1] - len(kinds.taxonomy().kinds) - 3
@@ -173,16 +189,17 @@ def main() -> None:
     }
     majority = float(np.bincount(targets).max() / len(targets))
     print(f"{len(targets)} figures, {len(np.unique(targets))} kinds; the most frequent kind alone: {majority:.3f}")
+    rows = []
     for name, part in parts.items():
         probabilities = out_of_fold(part, targets, fold_of)
-        temperature = fit_temperature(probabilities, targets)
-        if temperature != 1.0:
-            probabilities = out_of_fold(part, targets, fold_of, temperature)
-        values = " ".join(f"{key}={value:.3f}" for key, value in measure(probabilities, targets).items())
-        print(f"{name}: {values} temperature={temperature:.2f}")
+        measured = measure(probabilities, targets)
+        rows.append(_row(name, len(targets), measured))
+        print(f"{name}: " + " ".join(f"{key}={value:.3f}" for key, value in measured.items()))
     print(confusion(probabilities.argmax(1), targets))
+    if arguments.record:
+        record(rows)
     if arguments.write:
-        model = train(features, targets, temperature)
+        model = train(features, targets)
         path = Path(package.__file__).with_name(package.WEIGHTS)
         write(model, path)
         print(f"wrote {path.name}: version {model.version}, {path.stat().st_size} bytes")

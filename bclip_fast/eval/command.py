@@ -97,12 +97,13 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
         name = "-".join(Path(task).stem for task in command.task)
     folder = run_folder / "eval" if run_folder is not None else Path("runs") / "eval" / file_name(command.model)
     out = folder / file_name(name)
-    subject = _subject(command.model, command.data, command.split, command.task, command.suite)
+    subject = _subject(command.model, command.data, command.split, command.task, command.suite, command.filter)
     try:
         content = json.loads((out / "results.json").read_text(encoding="utf-8"))
         config = content["config"]
         recorded = as_sources(config["data"], "data")
-        other = _subject(content["model"]["path"], recorded, config["split"], config["task"], config.get("suite", ""))
+        chosen = config.get("suite", ""), config.get("filter", "")
+        other = _subject(content["model"]["path"], recorded, config["split"], config["task"], *chosen)
     except FileNotFoundError:
         return out
     except (OSError, ValueError, LookupError, TypeError):
@@ -111,12 +112,12 @@ def _default_out(command: EvalCommand, run_folder: Path | None) -> Path:
 
 
 def _subject(
-    model: str, data: str | tuple[Source, ...], split: str, tasks: Sequence[str], suite: str
+    model: str, data: str | tuple[Source, ...], split: str, tasks: Sequence[str], suite: str, filter: str
 ) -> tuple[object, ...]:
     """Return what the results of the default folder depend on. Paths are absolute."""
     paths = [model, *([data] if isinstance(data, str) else [source.path for source in data])]
     places = [name if "://" in name else str(Path(name).resolve()) for name in paths]
-    return *places, split, *tasks, suite
+    return *places, split, *tasks, suite, *([filter] if filter else [])
 
 
 def _print(finished: dict[str, Any]) -> None:

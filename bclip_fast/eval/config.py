@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import tyro
 
+from bclip_fast.data import filters
 from bclip_fast.data.image_files import ImageConversion
 from bclip_fast.data.sources import Sources, as_sources
 from bclip_fast.errors import UserError
@@ -26,6 +27,9 @@ class EvalConfig:
     was trained on."""
     split: str = "val"
     """Split of the data, in any usual spelling. The package's tasks set their own split."""
+    filter: str = ""
+    """Only for shards: evaluate the samples that this expression selects, such as "kind == 'ct'" (docs/data.md). Empty:
+    all samples, whatever selection the run or the shards have."""
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A protocol (retrieval, image_retrieval, zero_shot, few_shot, probe, ood, vqa, classification), a task of the
     package (pcam, vqa_rad, ...), or a task's TOML file. Repeat the flag for several tasks. Default: retrieval and
@@ -96,6 +100,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Check the fields and read every task. Raises UserError."""
         object.__setattr__(self, "data", as_sources(self.data, "data"))
+        if self.filter not in ("", filters.ALL):
+            filters.parse(self.filter)
         for task in self.task:
             tasks.load(task)
         if self.suite:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bclip_fast import distributed
+from bclip_fast.data import filters
 from bclip_fast.data.shards.reader import BadSample
 from bclip_fast.data.sources import Source, shown
 from bclip_fast.errors import UserError
@@ -85,6 +86,7 @@ class Evaluation:
     def __init__(self, config: EvalConfig) -> None:
         """Open every data set once."""
         self.config = config
+        self._filter = config.filter or filters.ALL
         self.data: dict[str, EvalDataset] = {}
         self.finished: dict[str, Any] = {}
         self._open: dict[tuple[str | tuple[Source, ...], str, str, str], EvalDataset] = {}
@@ -94,7 +96,8 @@ class Evaluation:
         elif config.task:
             selected = [tasks.load(name) for name in dict.fromkeys(config.task)]
         else:
-            selected = [tasks.load(name) for name in _possible_tasks(open_dataset(config.data, config.split), config)]
+            data = open_dataset(config.data, config.split, filter=self._filter)
+            selected = [tasks.load(name) for name in _possible_tasks(data, config)]
         names = [task.name for task in selected]
         if repeated := next((name for name in names if names.count(name) > 1), None):
             raise UserError(f"two tasks have the name {repeated!r}, so the results of one would be lost; rename a file")
@@ -118,6 +121,8 @@ class Evaluation:
         key = path, split, task.dataset, name
         if key not in self._open:
             if isinstance(path, str) and task.protocol == "vqa":
+                if self._filter != filters.ALL:
+                    raise UserError(f"filter={self._filter!r} selects samples of shards, not questions; leave it out")
                 self._open[key] = open_questions(path, split, task)
             else:
                 classes = list(task.prompts.classes) if task.prompts else []
@@ -125,7 +130,7 @@ class Evaluation:
                     classes = [nouns[0] for nouns in task.prompts.classes.values()]
                 self._open[key] = open_dataset(
                     path, split, task.dataset,
-                    download_url=task.download_url, name=name, file=task.file, classes=classes,
+                    download_url=task.download_url, name=name, file=task.file, classes=classes, filter=self._filter,
                 )  # fmt: skip
         return self._open[key]
 

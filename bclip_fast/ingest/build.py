@@ -23,6 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from bclip_fast.data import filters
 from bclip_fast.data.shards.format import to_json
 from bclip_fast.data.shards.manifest import write_manifest
 from bclip_fast.data.shards.staging import Staging
@@ -46,7 +47,7 @@ from .panel_boxes import GROUP, BoxTask, copy_model, count_boxes, find_boxes, gr
 from .panels.detector_files import model_files
 from .parts import Reject, part_paths, part_rejects, write_part
 from .pmc import discover_objects, select
-from .selection import log_selection
+from .selection import log_selection, record_filter
 from .unfinished import can_resume, recorded_options, work_signature
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,9 @@ def _build(config: IngestConfig, staging: Staging) -> None:
         shards = [Shard(*shard) for shard in counts.pop("shards")]
         descriptions = _write_shards(config, work, shards)
         _finish(config, staging.path, num_parts, counts, shards, descriptions)
+    else:
+        # The run that wrote it may have had another filter.
+        record_filter(staging.path, config.filter or filters.ALL)
     try:
         if work.exists():
             shutil.rmtree(work)

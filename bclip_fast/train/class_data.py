@@ -152,11 +152,11 @@ def _open(config: FinetuneConfig) -> dict[str, EvalDataset]:
     """Return the splits of the data. Only train, if the data have no validation split."""
     if config.split != "train":
         raise UserError(f"split={config.split}: a classifier trains on the split train; rename it in the data")
-    train = open_dataset(config.data, "train")
+    train = open_dataset(config.data, "train", filter=config.filter)
     found = {"train": train}
     for split in ("val", "test"):
         try:
-            data = open_dataset(config.data, split)
+            data = open_dataset(config.data, split, filter=config.filter)
         except MissingSplit:
             continue
         # Data without splits are the same for each name.

@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from bclip_fast.data import filters
 from bclip_fast.data.sources import Sources, as_sources, refuse_weights
 from bclip_fast.errors import UserError
 
@@ -27,6 +28,9 @@ class FinetuneConfig:
     questions: the data of --task. For classes: a .csv with columns path,label, a folder of classes, or shards."""
     split: str = "train"
     """Split of the data to train on."""
+    filter: str = ""
+    """Only for shards: train on the samples that this expression selects (docs/data.md). For classes, it selects in val
+    and test too. If empty, the selection that the shards record. all: no filter."""
     task: str = ""
     """classification: a classifier on images. Or a task of the protocol vqa: vqa_rad, slake, a TOML file, or `vqa` for
     a CSV. If empty, train on pairs with the contrastive loss."""
@@ -102,6 +106,10 @@ class FinetuneConfig:
         if self.loss.kind == "coca":
             raise UserError("loss.kind=coca needs bclip train: fine-tuning doesn't train a decoder; set loss.kind=clip")
         self._check_classes()
+        if self.filter not in ("", filters.ALL):
+            filters.parse(self.filter)
+            if self.task not in ("", "classification"):
+                raise UserError(f"filter={self.filter!r} selects pairs, but task={self.task} has none; leave it out")
         if self.task and (self.loss != LossConfig() or self.positives != "pair"):
             raise UserError(f"task={self.task} has its own loss; the section loss and positives need pairs")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

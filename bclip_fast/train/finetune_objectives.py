@@ -39,7 +39,7 @@ class Pairs:
 
     def __init__(self, config: FinetuneConfig) -> None:
         """Open the data. Raises UserError if they have no captions."""
-        self.data: EvalDataset = open_dataset(config.data, config.split)
+        self.data: EvalDataset = open_dataset(config.data, config.split, filter=config.filter)
         captions = self.data.captions()
         if captions is None:
             raise UserError(

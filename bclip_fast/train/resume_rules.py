@@ -139,6 +139,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "model": LISTED,
         "data": LISTED,
         "split": FIXED,
+        "filter": FIXED,
         "task": FIXED,
         "label": FIXED,
         "multi_label": FIXED,

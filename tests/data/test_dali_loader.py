@@ -21,6 +21,7 @@ from synthetic import tiny_run, write_shards
 from bclip_fast.data.batch import Batch
 from bclip_fast.data.loader import Loader
 from bclip_fast.data.sampler import ShardSampler
+from bclip_fast.data.shards.filtered import FilteredDataset
 from bclip_fast.data.shards.format import Sample
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.shards.tar_dataset import TarDataset
@@ -132,6 +133,18 @@ def test_damaged_images_are_replaced_after_dali_fails(
             keys -= {bad.key for bad in batch.bad}
     assert not keys
     assert "DALI failed a batch" in caplog.text
+
+
+def test_filter_selects_the_same_samples(dataset: ShardDataset):
+    chosen = FilteredDataset(dataset, "key > 'image2' and key < 'image7'")
+    with make_loader(DaliLoader, chosen) as dali, make_loader(Loader, chosen) as native:
+        batches = [(next(dali), next(native)) for _ in range(4)]
+    for batch, expected in batches:
+        assert_near(batch, expected)
+    keys = {key for batch, _ in batches for key in batch.keys}
+    assert len(chosen) == 20
+    assert len(keys) >= 16
+    assert all("image2" < key < "image7" for key in keys)
 
 
 def test_training_with_dali_gives_nearly_the_same_losses(tmp_path: Path):

@@ -116,6 +116,10 @@ def test_measure_of_an_oracle_and_of_the_most_frequent_kind():
     assert perfect["accuracy"] == perfect["mean_recall"] == 1.0
     assert perfect["medical_precision"] == perfect["medical_recall"] == 1.0
     assert perfect["ece"] == 0.0
+    half = figure_kinds.measure_zero_shot(np.where(np.arange(90) < 45, targets, (targets + 1) % len(names)), targets)
+    assert half["accuracy"] == half["mean_recall"] == pytest.approx(0.5, abs=0.02)
+    # 95 % of the binomial distribution of 90 draws is within 0.5 +- 0.1.
+    assert 0.36 < half["accuracy_low"] < 0.43 < 0.57 < half["accuracy_high"] < 0.64
     constant = figure_kinds.measure(np.tile(right[0], (90, 1)), targets)
     assert constant["accuracy"] == pytest.approx(1 / 18)
     assert constant["ece"] == pytest.approx(1 - 1 / 18)

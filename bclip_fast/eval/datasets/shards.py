@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from bclip_fast.data import filters
 from bclip_fast.data.shards.format import Sample
-from bclip_fast.data.shards.mixed import Dataset, MixedDataset, open_path
+from bclip_fast.data.shards.mixed import Dataset, MixedDataset, filtered, open_path
 from bclip_fast.data.shards.reader import BadSample, ShardDataset
 from bclip_fast.data.sources import Source
 from bclip_fast.data.splits import MissingSplit
@@ -30,14 +31,18 @@ class ShardEvalDataset:
     `labels` give an empty value for it.
     """
 
-    def __init__(self, data: Path | str | tuple[Source, ...], split: str) -> None:
+    def __init__(self, data: Path | str | tuple[Source, ...], split: str, filter: str = filters.ALL) -> None:
         """Open `shards`. data: folder or URL, or several of them, as in `open_dataset`.
 
+        filter: as for `bclip_fast.data.shards.mixed.open_dataset`.
+
         Raises:
-            UserError: the split is empty.
+            UserError: the split is empty, or the filter doesn't fit the data or selects nothing.
         """
         self.shards: Dataset = (
-            _open_list(data, split) if isinstance(data, tuple) else open_path(str(data), split, any_spelling=True)
+            _open_list(data, split, filter)
+            if isinstance(data, tuple)
+            else filtered(open_path(str(data), split, any_spelling=True), filter)
         )
         if not len(self.shards):
             raise UserError(f"data {self.shards.root} has no sample in split {split!r}")
@@ -98,7 +103,7 @@ class ShardEvalDataset:
             return None
 
 
-def _open_list(sources: tuple[Source, ...], split: str) -> Dataset:
+def _open_list(sources: tuple[Source, ...], split: str, filter: str) -> Dataset:
     """Open the datasets that have the split. A dataset whose weight is 0 isn't used."""
     members: dict[Source, ShardDataset] = {}
     missing: dict[str, MissingSplit] = {}
@@ -107,7 +112,7 @@ def _open_list(sources: tuple[Source, ...], split: str) -> Dataset:
             continue
         try:
             dataset = open_path(source.path, split, caption_key=source.caption_key, any_spelling=True)
-            members[dataclasses.replace(source, weight=None, epochs=None)] = dataset
+            members[dataclasses.replace(source, weight=None, epochs=None)] = filtered(dataset, filter)
         except MissingSplit as error:
             missing[source.name] = error
         except UserError as error:

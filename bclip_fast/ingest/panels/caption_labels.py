@@ -19,7 +19,7 @@ MAX_CAPTION, MAX_LABELS = 20_000, 200
 LETTERS = "ABCDEFGHIJKLMNOP"
 
 _PLACE = r"(?:upper|lower|top|bottom|left|right|middle|cent(?:er|re))(?:[ -](?:left|right|middle|cent(?:er|re)))?"
-_SEPARATOR = r"\s*(?:,\s*and\b|[,;&/\u2010-\u2014-]|\band\b|\bto\b|\bor\b)\s*"
+_SEPARATOR = r"\s*(?:,\s*and\b|[,;&/~\u2010-\u2014-]|\band\b|\bto\b|\bor\b)\s*"
 # What may follow a letter inside its brackets: "(Ai)", "(A1)", "(A-left)", "(b-f, respectively)".
 _DETAIL = rf"(?:['\u2032]|\s?(?:[ivx]{{1,4}}|\d)\b)?(?:[\s,\u2013-]{{1,3}}(?:{_PLACE}|insets?|respectively)\b){{0,3}}"
 
@@ -41,15 +41,17 @@ _STYLES = (
     (re.compile(_brackets(_list("[a-p]"))), True),
     (re.compile(rf"(?<![\w(])({_list('[A-P]')})[).:,](?=\s|[A-Z])"), False),
     (re.compile(rf"(?<![\w(])({_list('[a-p]')})[).:,](?=\s|[A-Z])"), False),
-    (re.compile(rf"(?:^|(?<=[.;:,)]\s))({_list('[a-p]')})\s(?=[^\s=<>,.;:)])"), False),
+    (re.compile(rf"(?:^|(?<=[.;:,)]\s)|(?<=, and\s))({_list('[a-p]')})\s(?=[^\s=<>,.;:)])"), False),
     (re.compile(rf"(?:^|(?<=[.;:,)]\s))({_list('[A-P]')})\s(?=[^\s=<>,.;:)])"), False),
     (re.compile(rf"\(\s*({_PLACE})(?:\s(?:panels?|images?))?\s*\)", re.IGNORECASE), True),
     (re.compile(rf"\b({_PLACE})(?:\spanels?)?\s?[:,]", re.IGNORECASE), False),
 )
 _NAME = re.compile(rf"(?<![^\W\d_])([A-Pa-p])(?:{_DETAIL})(?![^\W\d_])")
-_RANGE = re.compile(r"\)?\s*(?:[\u2010-\u2014-]|to)\s*\(?")
+_RANGE = re.compile(r"\)?\s*(?:[~\u2010-\u2014-]|to)\s*\(?")
 
 _END = re.compile(r"[.!?][\"')\]\u2019\u201d]*(?:\s+|(?=\())(?=[\"'(\[\u2018\u201c\u2217*]*\s?[A-Z0-9\u00c0-\u00de])")
+# In some articles, the identifiers of attached files follow the caption without a space.
+_BEFORE_DOI = re.compile(r"[.)](?=10\.\d{4,9}/)")
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[])(?:figs?|tabs?|eqs?|refs?|suppl?|nos?|vs|cf|ca|approx|al|e\.g|i\.e|dr|prof|st|spp?|var|resp|ae|[A-Z])\.$",
     re.IGNORECASE,
@@ -108,12 +110,13 @@ def split_clauses(caption: str, labels: Sequence[Label]) -> list[Span]:
     """Return the clauses: they end with a sentence, at a semicolon, and before a label after punctuation."""
     masked = re.sub(r"\([^()]*\)", lambda match: "(" + "x" * (len(match.group()) - 2) + ")", caption)
     ends = {match.end() for match in re.finditer(r";", masked)}
+    ends |= {match.end() for match in _BEFORE_DOI.finditer(masked)}
     for match in _END.finditer(masked):
         before = caption[: match.start() + 1]
         if not _ABBREVIATION.search(before[-16:]) or re.match(r"\s*[(\[]", caption[match.end() - 1 :]):
             ends.add(match.end())
     for label in labels:
-        if re.search(r"[.;:]\s*$", caption[max(0, label.start - 3) : label.start]):
+        if re.search(r"(?:[.;]|(?<!\bbar)(?<!bars):)\s*$", caption[max(0, label.start - 8) : label.start]):
             ends.add(label.start)
         ends -= set(range(label.start + 1, label.end))
     bounds = [0, *sorted(end for end in ends if 0 < end < len(caption)), len(caption)]

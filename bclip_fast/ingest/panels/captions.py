@@ -18,17 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .caption_labels import LETTERS, MAX_PANELS, Label, Labels, Span, find_labels, split_clauses
-from .caption_lists import CONTINUES, OPENS, divide_list
+from .caption_lists import CONTINUES, INTRODUCES, OPENS, STARTS, divide_after, divide_list, has_shared_end
+from .caption_tails import ends_clause, is_for_named, is_missing, num_about_all, refers, refers_to, trimmed
 
 _LEAD = re.compile(r"[\s,;:.]*(?:(?:and|in|the|panels?|figures?|subfigures?)\s+)*", re.IGNORECASE)
-# Sentences at the end of the caption about all panels.
-_ABOUT_ALL = re.compile(
-    r"scale bars?|bars?\s*[:=]|error bars?|(?:all )?(?:data|values|results)\b.*\b(?:are|is|were|represent|expressed)|"
-    r"see also|abbreviations?|asterisks?|[\u2217*]+\s*,?\s*p\b|statistical|magnification|original magnification|"
-    r"(?-i:[A-Z][\w\u03b1-\u03c9+/-]{0,9}\s?[:,]\s[\w\s\u03b1-\u03c9-]{3,60}(?:[;.,]|$))",
-    re.IGNORECASE,
-)
-
 # Files that belong to a figure are named after its caption.
 _ATTACHED = re.compile(r"\bsource (?:data|code)\s?\d", re.IGNORECASE)
 
@@ -76,6 +69,7 @@ class _Reader:
     style: Labels
     own: dict[str, list[Span]] = field(default_factory=dict)
     grouped: set[str] = field(default_factory=set)
+    group: frozenset[str] = frozenset()
     doubtful: set[str] = field(default_factory=set)
     head: list[Span] = field(default_factory=list)
     tail: list[Span] = field(default_factory=list)
@@ -88,7 +82,7 @@ class _Reader:
 
     def parts(self) -> list[Part]:
         try:
-            clauses, is_attached = split_clauses(self.caption, self.style.labels), False
+            clauses, is_attached = self._clauses(), False
             for index, clause in enumerate(clauses):
                 labels = self._labels_in(clause)
                 is_led = bool(labels and self._is_led(clause, labels[0]))
@@ -103,8 +97,31 @@ class _Reader:
             self._give(self.current, *self.pending)
         else:
             self.tail += self.pending
-        self._move_tail()
+        last = next(reversed(self.own), None)
+        if last is not None and not self.tail:
+            others = [span for name, spans in self.own.items() if name != last for span in spans]
+            start = len(self.own[last]) - num_about_all(self.caption, self.own[last], others)
+            self.tail, self.own[last] = self.own[last][start:], self.own[last][:start]
         return self._result()
+
+    def _clauses(self) -> list[Span]:
+        """Return the clauses. A label at the end of a sentence, and only there, stands after the whole sentence."""
+        joined: list[Span] = []
+        for clause in split_clauses(self.caption, self.style.labels):
+            labels = self._labels_in(clause) if self.style.may_follow else []
+            if (
+                len(labels) == 1
+                and ends_clause(self.caption, labels[0], clause)
+                and not self._is_led(clause, labels[0])
+            ):
+                while (
+                    joined
+                    and self.caption[slice(*joined[-1])].rstrip().endswith(";")
+                    and not self._labels_in(joined[-1])
+                ):
+                    clause = joined.pop()[0], clause[1]
+            joined.append(clause)
+        return joined
 
     def _result(self) -> list[Part]:
         names = list(self.own)
@@ -113,29 +130,15 @@ class _Reader:
             return []
         parts = []
         for name in names:
-            spans = self._trimmed(self.own[name])
-            if sum(len(re.sub(r"[\W\d_]", "", self.caption[start:end])) for start, end in spans) < 2:
+            spans = trimmed(self.caption, self.own[name])
+            text = "".join(re.sub(r"[\W_]", "", self.caption[start:end]) for start, end in spans)
+            if len(text) < 2 or text.isdigit():
                 return []
-            head, tail = self._trimmed(self.head), self._trimmed(self.tail)
+            head, tail = trimmed(self.caption, self.head), trimmed(self.caption, self.tail)
             texts = [self.caption[start:end] for start, end in (*head, *sorted(spans), *tail)]
             texts = [text.rstrip(" ;,") if i + 1 < len(texts) else text for i, text in enumerate(texts)]
             parts.append(Part(name, " ".join(texts).strip(), tuple(sorted(spans)), name not in self.doubtful))
         return parts
-
-    def _trimmed(self, spans: Sequence[Span]) -> list[Span]:
-        """Return the spans without the punctuation and conjunctions around them. Neighbours become one span."""
-        joined: list[Span] = []
-        for start, end in spans:
-            joined.append((joined.pop()[0] if joined and joined[-1][1] == start else start, end))
-        trimmed = []
-        for start, end in joined:
-            text = self.caption[start:end]
-            lead = re.match(r"[\s;:,.)]*", text)
-            start += lead.end() if lead else 0
-            text = re.sub(r"(?:[\s;,:(]|\b(?:and|or|panels?))+$", "", self.caption[start:end], flags=re.IGNORECASE)
-            if text:
-                trimmed.append((start, start + len(text)))
-        return trimmed
 
     def _labels_in(self, clause: Span) -> list[Label]:
         return [label for label in self.style.labels if clause[0] <= label.start < clause[1]]
@@ -159,6 +162,7 @@ class _Reader:
 
     def _define(self, names: Sequence[str], span: Span) -> None:
         self._give(names, span)
+        self.group = frozenset(names)
         self.grouped = self.grouped | set(names) if len(names) > 1 else self.grouped - set(names)
 
     def _read(self, clause: Span, following: Span | None) -> None:
@@ -176,7 +180,9 @@ class _Reader:
             is_new_place = self.style.are_places and label.names[0] not in (*self.own, *names)
             if is_next or is_new_place or self._is_known(label) or set(label.names) <= set(names):
                 usable.append(label)
-        if not usable:
+        if not usable and self.own and any(is_missing(self.caption, label, self.style.labels) for label in labels):
+            pass  # a sentence about a panel that has no text of its own
+        elif not usable:
             self._read_without_label(clause)
         elif any(not self._is_known(label) for label in usable):
             self._read_definitions(clause, usable, following)
@@ -188,10 +194,7 @@ class _Reader:
         first = labels[0]
         if not self._is_new(first) and not self._is_known(first):
             raise _Refused
-        if self.pending:
-            self._give(self.current, *self.pending)
-            self.doubtful |= set(self.current) if self.at_end else set()
-            self.pending = []
+        self._give_pending()
         segments = [(first, first.end)]
         for label in labels[1:]:
             previous, following = self.caption[clause[0] : label.start], self.caption[label.end : clause[1]]
@@ -203,6 +206,15 @@ class _Reader:
             opens = OPENS.search(previous) or re.match(r"\s*[A-Z]", following)
             if is_next and opens and not CONTINUES.match(following):
                 segments.append((label, label.end))
+                if self.style.may_follow and not OPENS.search(previous) and not STARTS.match(following):
+                    # The words before the label may belong to it.
+                    self.doubtful |= {*segments[-2][0].names, *label.names}
+                if len(first.names) > 1 and len(segments) == 2 and set(labels[1].names) <= set(first.names):
+                    # "(A, B) Sizes of (A) cells, (B) nuclei, (C) nucleoli": the words of the group may belong to C.
+                    self.doubtful |= set(label.names)
+        texts = [(start, following.start) for (_, start), (following, _) in itertools.pairwise(segments)]
+        if has_shared_end(self.caption, [*texts, (segments[-1][1], clause[1])]):
+            self.doubtful |= {name for label, _ in segments[:-1] for name in label.names}
         for index, (label, start) in enumerate(segments):
             end = segments[index + 1][0].start if index + 1 < len(segments) else clause[1]
             is_defining = not self._is_known(label)
@@ -228,6 +240,7 @@ class _Reader:
                 self._give(group, span)
                 self.doubtful |= set(group)
                 return
+        self.group = frozenset()
         listed = divide_list(self.caption, span, labels)
         if listed.follows and is_defining:
             self._give(group, span)
@@ -238,8 +251,8 @@ class _Reader:
             self._give(label.names, own)
             self.grouped -= set(label.names)
         self._give(names, listed.tail)
-        if not listed.is_certain:
-            self.doubtful |= set(group)
+        self.doubtful |= set(group) if not listed.is_certain else set()
+        self.doubtful |= set(group) - set(labels[-1].names) if listed.is_end_shared else set()
         if not listed.follows:
             self.current = labels[-1].names
 
@@ -250,6 +263,8 @@ class _Reader:
             self.pending.append(clause)
         else:
             self._give(self.current, clause)
+            # "(A, B) Sizes. (A) Cells. (B) Nuclei. Of three mice." The last sentence may belong to the group.
+            self.doubtful |= self.group - set(self.current) if self.group > set(self.current) else set()
 
     def _read_references(self, clause: Span, labels: list[Label]) -> None:
         """Read a clause that names only panels that are known, and doesn't start with a label."""
@@ -259,25 +274,24 @@ class _Reader:
         elif len(self.current) > 1 and names <= set(self.current):
             self._read_group(clause, labels, self.current, is_defining=False)
         elif self.follows:
-            if self.pending:
-                self._give(self.current, *self.pending)
-                self.doubtful |= set(self.current) if self.at_end else set()
-                self.pending = []
+            self._give_pending()
             self._read_more(clause, labels)
-        elif names & set(self.current):
-            self._give(self.current, clause)
-        elif _ABOUT_ALL.match(self.caption[clause[0] : clause[1]].strip()):
+        elif is_for_named(self.caption, clause, labels) or names > set(self.current):
             self._give(sorted(names), clause)
+        elif names & set(self.current) or all(refers(self.caption, label) for label in labels):
+            self._give(self.current, clause)
+
+    def _give_pending(self, names: Sequence[str] = ()) -> None:
+        """Give the sentences after a label that stands after its text to its panel. They may belong to the next one."""
+        self._give(self.current, *self.pending)
+        is_clear = any(refers_to(self.caption[slice(*span)], self.current) for span in self.pending)
+        if self.at_end and self.pending and not is_clear:
+            self.doubtful |= {*self.current, *names}
+        self.pending = []
 
     def _read_more(self, clause: Span, labels: list[Label]) -> None:
         """Read a clause on panels whose labels stood after their texts: "(a) shows X and (b) Y"."""
-        starts = [clause[0]]
-        for label, following in itertools.pairwise(labels):
-            cuts = list(re.finditer(r"[,;]|\band\b", self.caption[label.end : following.start]))
-            if not cuts:
-                return
-            starts.append(label.end + cuts[-1].start())
-        for label, start, end in zip(labels, starts, [*starts[1:], clause[1]], strict=True):
+        for label, (start, end) in zip(labels, divide_after(self.caption, clause, labels), strict=False):
             self._give(label.names, (start, end))
             if not re.search(r"[^\W_]", self.caption[label.end : end]):
                 self.doubtful |= set(label.names)
@@ -292,24 +306,35 @@ class _Reader:
             names = [name for label in labels for name in label.names]
             if len(set(names)) < len(names):
                 raise _Refused
+            if len(labels) > 1:
+                self.doubtful |= set(names)
         text_after = self.caption[labels[0].end : clause[1]]
         if len(labels) == 1:
             following_labels = self._labels_in(following) if following else []
             is_led = bool(following and following_labels and self._is_led(following, following_labels[0]))
             if is_led and not self.own and not CONTINUES.match(text_after):
+                before = self.caption[clause[0] : labels[0].start]
+                if not (OPENS.search(before) or INTRODUCES.search(before)):
+                    self.doubtful |= set(labels[0].names)
                 self.head.append((clause[0], labels[0].start))
                 self._define(labels[0].names, (labels[0].end, clause[1]))
                 self.current, self.follows = labels[0].names, False
                 return
-            at_end = re.fullmatch(r"[\s.;,:)]*", text_after) is not None
-            self._settle_pending(labels[0].names, at_end)
+            if self.own and not self.follows and STARTS.match(text_after):
+                # "... in mice (B) Cells": without a full stop, the words before the label belong to the panel before.
+                self._give(self.current, (clause[0], labels[0].start))
+                self._define(labels[0].names, (labels[0].end, clause[1]))
+                self.current = labels[0].names
+                return
+            at_end = ends_clause(self.caption, labels[0], clause)
+            self._give_pending(labels[0].names)
             self._define(labels[0].names, (clause[0], labels[0].start))
             self._give(labels[0].names, (labels[0].end, clause[1]))
             self.current, self.follows, self.at_end = labels[0].names, True, at_end
             return
         listed = divide_list(self.caption, clause, labels)
-        at_end = re.fullmatch(r"[\s.;,:)]*", self.caption[labels[-1].end : clause[1]]) is not None
-        self._settle_pending(labels[0].names, at_end)
+        at_end = ends_clause(self.caption, labels[-1], clause)
+        self._give_pending(names)
         for label, own in zip(labels, listed.spans, strict=True):
             self._define(label.names, own)
         if listed.head[0] < listed.head[1]:
@@ -318,33 +343,7 @@ class _Reader:
             else:
                 self._give(names, listed.head)
         self._give(names, listed.tail)
-        if not listed.is_certain:
-            self.doubtful |= set(names)
+        self.doubtful |= set(names) if not listed.is_certain else set()
+        self.doubtful |= set(names) - set(labels[-1].names) if listed.is_end_shared else set()
         self.current = labels[-1].names
         self.follows, self.at_end = listed.follows, listed.follows
-
-    def _settle_pending(self, names: Sequence[str], at_end: bool) -> None:
-        """Give the sentences between two labels that stand after their texts to one of them."""
-        if not self.pending:
-            return
-        self._give(names if self.at_end and at_end else self.current, *self.pending)
-        if self.at_end:
-            self.doubtful |= {*self.current, *names}
-        self.pending = []
-
-    def _move_tail(self) -> None:
-        """Move sentences about all panels from the end of the last panel's text to the common text."""
-        last = next(reversed(self.own), None)
-        if last is None or self.tail or len(self.own[last]) < 2:
-            return
-        others = [span for name, spans in self.own.items() if name != last for span in spans]
-        while len(self.own[last]) > 1:
-            start, end = self.own[last][-1]
-            match = _ABOUT_ALL.match(self.caption[start:end].strip())
-            if not match:
-                return
-            word = match.group().split()[0].lower()
-            if any((a, b) == (start, end) or word in self.caption[a:b].lower() for a, b in others):
-                return
-            self.own[last].pop()
-            self.tail.insert(0, (start, end))

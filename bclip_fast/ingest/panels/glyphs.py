@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from safetensors.numpy import load_file
 CLASSES = "ABCDEFGHIJKLMNOPabcdefghijklmnop"
 SIDE = 20
 HIDDEN_SHIFT = 7
+# Steps of the table of exponentials per unit of the logits.
+_STEPS = 64
 _WEIGHTS = Path(__file__).with_name("letters.safetensors")
 # Letters whose capital and small form differ only in size.
 SAME_FORMS = "CKOP"
@@ -50,9 +53,17 @@ def logits(glyphs: np.ndarray, weights: Mapping[str, np.ndarray] | None = None) 
 def probabilities(glyphs: np.ndarray) -> np.ndarray:
     """Return the probability of each class in thousandths, (N, len(CLASSES) + 1) int64."""
     values = logits(glyphs)
-    scaled = (values - values.max(axis=1, keepdims=True)) / int(_weights()["scale"][0])
-    exponentials = np.exp(scaled)
-    return np.rint(1000 * exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.int64)
+    below = values.max(axis=1, keepdims=True) - values
+    table = _exponentials()
+    parts = table[np.minimum(below * _STEPS // int(_weights()["scale"][0]), len(table) - 1)]
+    totals = parts.sum(axis=1, keepdims=True)
+    return (2000 * parts + totals) // (2 * totals)
+
+
+@functools.cache
+def _exponentials() -> np.ndarray:
+    """Return exp(-i / _STEPS) in units of 2 ** -24, int64. `np.exp` differs between CPUs, `Decimal.exp` doesn't."""
+    return np.array([round(2**24 * (Decimal(-i) / _STEPS).exp()) for i in range(16 * _STEPS + 1)])
 
 
 @functools.cache

@@ -22,9 +22,13 @@ _WORKING_SIDE = 2000
 # Grey levels up to which ink is dark, and from which it is light.
 _DARK, _LIGHT = (128, 70, 185), (190,)
 # Pixels of the copy.
-_MIN_HEIGHT, _MAX_HEIGHT = 7, 64
+_MIN_HEIGHT, _MAX_HEIGHT = 7, 110
 # Least distance between letters, as a share of their height, unless the neighbour is a bracket or a dot.
 _MIN_DISTANCE = 0.55
+# The same from an area that is so many times as large as the letter.
+_MIN_DISTANCE_OF_LARGE, _LARGE = 0.2, 4
+# The same from characters of a smaller font.
+_MIN_DISTANCE_OF_SMALL = 0.3
 # Least probability of a letter, in thousandths.
 _MIN_PROBABILITY = 300
 # More areas of the size of letters than this are a texture.
@@ -136,17 +140,32 @@ def _stands_alone(index: int, areas: Areas) -> bool:
     window = areas.numbers[max(0, top - half) : bottom + half, max(0, left - margin) : right + margin]
     near = np.unique(window)
     near = near[(near >= 0) & (near != index)]
+    sizes = areas.boxes[near]
+    is_large = (sizes[:, 3] - sizes[:, 1] > _LARGE * height) & (sizes[:, 2] - sizes[:, 0] > _LARGE * height)
+    if is_large.any():
+        # The frame or the picture around a patch that holds a letter may be nearer than another letter.
+        gap = max(2, round(_MIN_DISTANCE_OF_LARGE * height))
+        closest = areas.numbers[max(0, top - gap) : bottom + gap, max(0, left - gap) : right + gap]
+        near = near[~is_large | np.isin(near, closest)]
     if len(near) > 6:
         return False
     boxes = areas.boxes[near]
     heights, widths = boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]
     # The counters of an "A" in light ink, specks, brackets and dots. Brackets reach below the line, "l" and "1" don't.
-    inside = (boxes[:, 0] >= left) & (boxes[:, 2] <= right) & (boxes[:, 1] >= top) & (boxes[:, 3] <= bottom)
+    slack = round(0.1 * height)
+    inside = (boxes[:, 0] >= left - slack) & (boxes[:, 2] <= right + slack)
+    inside &= (boxes[:, 1] >= top - slack) & (boxes[:, 3] <= bottom + slack)
+    # Characters of a smaller font stand nearer to each other than to the letter.
+    gaps = np.maximum(boxes[:, 0] - right, left - boxes[:, 2])
+    is_smaller = (heights <= 0.65 * height) & (gaps > _MIN_DISTANCE_OF_SMALL * height)
     is_speck = (heights <= 0.2 * height) & (widths <= 0.2 * height)
     is_bracket = (widths <= 0.65 * height) & (heights <= 2.4 * height) & (2 * widths <= heights)
-    is_bracket &= (boxes[:, 1] <= top + 0.1 * height) & (boxes[:, 3] >= bottom + 0.08 * height)
+    reaches_below = (boxes[:, 1] <= top + 0.1 * height) & (boxes[:, 3] >= bottom + 0.08 * height)
+    # A bracket ends at the height of the tail of "g", "j" or "p".
+    reaches_above = (boxes[:, 1] <= top - 0.12 * height) & (boxes[:, 3] >= bottom - 0.2 * height)
+    is_bracket &= reaches_below | reaches_above
     is_dot = (heights <= 0.35 * height) & (widths <= 0.35 * height)
-    return bool((inside | is_speck | is_bracket | is_dot).all() and is_bracket.sum() <= 2)
+    return bool((inside | is_speck | is_bracket | is_dot | is_smaller).all() and is_bracket.sum() <= 2)
 
 
 def connected_areas(ink: np.ndarray) -> Areas:
