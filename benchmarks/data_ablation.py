@@ -108,8 +108,16 @@ def _shards(config: AblationConfig) -> Path:
     """The dataset of all runs. Its test articles depend on the articles' ids only."""
     out = config.out / "dataset"
     if not out.exists():
-        fractions = {"val_fraction": 0.0, "test_fraction": config.test_fraction}
-        build(IngestConfig(config.articles, out, panels=True, kinds=True, workers=config.workers, **fractions))
+        source = IngestConfig(
+            config.articles,
+            out,
+            panels=True,
+            kinds=True,
+            val_fraction=0.0,
+            test_fraction=config.test_fraction,
+            workers=config.workers,
+        )
+        build(source)
     return out
 
 

@@ -1,5 +1,7 @@
 """The letters of panels are found on any ground, and have the same scores on every CPU."""
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -112,3 +114,11 @@ def test_figures_without_letters_have_none(size: tuple[int, int], shade: int) ->
 def test_noise_has_no_large_letters(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 2, size[::-1]).astype(np.uint8) * 255
     assert not [letter for letter in find_letters(Image.fromarray(pixels), "ABCDEFGH") if letter.height > 7]
+
+
+def test_noise_of_many_pixels_takes_little_time() -> None:
+    pixels = np.random.default_rng(0).integers(0, 2, (2000, 2000)).astype(np.uint8) * 255
+    figure = Image.fromarray(pixels)
+    start = time.process_time()
+    assert find_letters(figure, "ABCDEFGH") == []
+    assert time.process_time() - start < 1  # 0.02 s on an EPYC, 2 s without the limit
