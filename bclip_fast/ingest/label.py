@@ -261,6 +261,8 @@ def zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator[
                     embeddings = model.encode_image(torch.stack([*pixels.values()]).to(device))
                     logits = scale * torch.nn.functional.normalize(embeddings) @ classes.T
                 rows = logits.double().softmax(1).cpu()
+                if not rows.isfinite().all():
+                    raise UserError(f"model={labeller.model} gives values that are not finite; take other weights")
                 for i, row in zip(pixels, rows, strict=True):
                     best = int(row.argmax())
                     results[i] = names[best], round(float(row[best]), 4)

@@ -210,3 +210,15 @@ def test_wrong_arguments_are_errors(folder, tmp_path, monkeypatch):
     (data / "manifest.parquet").unlink()
     with pytest.raises(UserError, match="is missing"):
         run(LabelConfig(data))
+
+
+def test_model_without_finite_values_is_an_error(folder, monkeypatch):
+    class Model:
+        def encode_image(self, pixels):
+            return torch.full((len(pixels), 4), torch.nan)
+
+    parts = (Model(), lambda image: torch.zeros(3), torch.eye(18, 4), torch.tensor(1.0), torch.device("cpu"))
+    monkeypatch.setattr("bclip_fast.ingest.label._model", lambda labeller: parts)
+    (sample,) = open_dataset(str(folder), "train").fetch([0])()
+    with pytest.raises(UserError, match="model=broken gives values that are not finite"):
+        list(label.zero_shot(label.Labeller("broken"), iter([sample])))
