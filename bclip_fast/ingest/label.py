@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -30,23 +29,20 @@ from bclip_fast.data.shards.format import Sample, read_description
 from bclip_fast.data.shards.manifest import MANIFEST
 from bclip_fast.data.shards.reader import ShardDataset
 from bclip_fast.data.storage import open_storage
-from bclip_fast.errors import UserError, first_line
+from bclip_fast.errors import UserError
 from bclip_fast.io import system
-from bclip_fast.io.atomic import explained, replacing, write_text
+from bclip_fast.io.atomic import explained, write_text
 from bclip_fast.io.hashing import sha256
 from bclip_fast.io.progress import track
 
 from . import executors
 from .kinds import Taxonomy, read_taxonomy, taxonomy
 from .kinds.classifier import VERSION_PREFIX, classifier, kind_of
+from .label_columns import COLUMNS, columns_of, is_labelled, write_kinds
 from .sanitize import MAX_PIXELS
 from .selection import record_filter
 
 log = logging.getLogger(__name__)
-
-COLUMNS = ("kind", "kind_p", "kind_by")
-# Rows of the manifest in memory at a time, and shards whose results are in memory at a time.
-_ROWS, _SHARDS = 4096, 4
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def run(config: LabelConfig) -> None:
     if not (root / MANIFEST).is_file():
         raise UserError(f"{root / MANIFEST} is missing; copy it, or build the dataset again")
     if config.filter not in ("", filters.ALL):
-        filters.parse(config.filter).check_columns([*_columns(root / MANIFEST), *COLUMNS], str(root / MANIFEST))
+        filters.parse(config.filter).check_columns([*columns_of(root / MANIFEST), *COLUMNS], str(root / MANIFEST))
     prompts = _read_prompts(config.prompts) if config.prompts else ""
     labeller = Labeller(config.model, prompts, config.batch_size, config.device)
     if config.model:
@@ -144,23 +140,14 @@ def run(config: LabelConfig) -> None:
                 system.lock(lock, wait=False)
             except OSError:
                 raise UserError(f"{root}: another process labels this dataset; wait for it or end it") from None
-            _label(config, labeller, description, work)
+            if is_labelled(root / MANIFEST, labeller.name, description):
+                log.info("%s: every pair has its kind by %s", root, labeller.name)
+            else:
+                _label(config, labeller, description, work)
             # Under the lock, so another process that begins now does not lose its files.
             shutil.rmtree(work, ignore_errors=True)
     if config.filter:
         record_filter(root, config.filter)
-
-
-def _columns(path: Path) -> list[str]:
-    """Return the names of a manifest's columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        names: list[str] = pq.read_schema(path).names
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}; copy it again, or build again") from None
-    return names
 
 
 def _read_prompts(path: Path) -> str:
@@ -194,7 +181,9 @@ def _label(config: LabelConfig, labeller: Labeller, description: dict[str, Any],
             if isinstance(result, executors.Crash):
                 raise UserError(f"the process that labelled {task.shard} died (out of memory?); run it again")
             advance()
-    counts, num_damaged = _write_manifest(root, work, labeller.name)
+    counts, num_damaged = write_kinds(
+        root / MANIFEST, lambda shard: json.loads(_result(work, shard).read_bytes()), labeller.name
+    )
     shown = ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
     log.info("%s: %s", root, shown)
     if num_damaged:
@@ -300,33 +289,3 @@ def _model(labeller: Labeller) -> tuple[Any, Any, Any, Any, Any]:
             rows.append(torch.nn.functional.normalize(texts.mean(0), dim=0))
         scale = model.logit_scale.detach().exp()
     return model, preprocess, torch.stack(rows), scale, device
-
-
-def _write_manifest(root: Path, work: Path, name: str) -> tuple[Counter[str], int]:
-    """Replace the manifest by one with the columns of the results. Return the counts of kinds and of damaged images."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    read = functools.lru_cache(_SHARDS)(lambda shard: json.loads(_result(work, shard).read_bytes()))
-    path = root / MANIFEST
-    counts: Counter[str] = Counter()
-    num_damaged = 0
-    added = [pa.field("kind", pa.string()), pa.field("kind_p", pa.float64()), pa.field("kind_by", pa.string())]
-    try:
-        with replacing(path, sync=True) as partial, contextlib.ExitStack() as stack:
-            source = stack.enter_context(pq.ParquetFile(path))
-            kept = [field for field in source.schema_arrow if field.name not in COLUMNS]
-            schema = pa.schema([*kept, *added])
-            writer = stack.enter_context(pq.ParquetWriter(partial, schema, compression="zstd"))
-            for batch in source.iter_batches(_ROWS):
-                places = zip(batch["shard"].to_pylist(), batch["position"].to_pylist(), strict=True)
-                kinds = [read(shard)[position] or [None, None] for shard, position in places]
-                counts.update(kind for kind, _ in kinds if kind is not None)
-                num_damaged += sum(kind is None for kind, _ in kinds)
-                values = [batch[field.name] for field in kept]
-                values += [pa.array([kind for kind, _ in kinds], pa.string())]
-                values += [pa.array([p for _, p in kinds], pa.float64()), pa.array([name] * len(kinds), pa.string())]
-                writer.write_batch(pa.RecordBatch.from_arrays(values, schema=schema))
-    except (pa.ArrowException, KeyError, IndexError, FileNotFoundError) as error:
-        raise UserError(f"{path} doesn't fit the shards: {first_line(error)}; build the dataset again") from error
-    return counts, num_damaged

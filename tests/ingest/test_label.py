@@ -180,6 +180,15 @@ def test_recorded_filter_selects_and_is_removed(folder, tmp_path, caplog):
     run(LabelConfig(data, workers=1, filter="all"))
     assert len(open_dataset(str(data), "train", filter="")) == 20
     assert read_tree(data)["dataset.json"] == read_tree(folder)["dataset.json"]
+    assert caplog.text.count("every pair has its kind") == 2  # another filter reads no image
+
+
+def test_manifest_without_a_row_is_an_error(folder, tmp_path):
+    data = copied(folder, tmp_path)
+    table = pq.read_table(data / "manifest.parquet")
+    pq.write_table(table.slice(1), data / "manifest.parquet")
+    with pytest.raises(UserError, match="has 29 rows, but the dataset has 30 pairs"):
+        run(LabelConfig(data, workers=1))
 
 
 def test_wrong_arguments_are_errors(folder, tmp_path, monkeypatch):

@@ -90,6 +90,14 @@ def test_batch_changes_no_box_and_overlaps_are_dropped(random_model):
         assert [each.score for each in one] == sorted((each.score for each in one), reverse=True)
 
 
+def test_values_that_are_not_finite_are_an_error(random_model):
+    detector = PanelDetector(random_model)
+    with torch.no_grad():
+        next(iter(detector.model.class_embed.parameters())).fill_(float("nan"))
+    with pytest.raises(UserError, match="values that are not finite"):
+        detector.detect([detector.prepare(picture(0, (60, 40)))], 0.0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

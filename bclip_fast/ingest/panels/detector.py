@@ -140,6 +140,8 @@ class PanelDetector:
         output = self.model(pixel_values=pixels.to(self.device), pixel_mask=mask.to(self.device))
         scores = output.logits.float().sigmoid().amax(-1).cpu().numpy()
         boxes = output.pred_boxes.float().cpu().numpy()
+        if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
+            raise UserError(f"panel_model={self.name} gives values that are not finite; its weights are damaged")
         return [
             _detections(each, box, image.size, min_score)
             for each, box, image in zip(scores, boxes, images, strict=True)
@@ -151,7 +153,7 @@ def _detections(scores: np.ndarray, boxes: np.ndarray, size: tuple[int, int], mi
     middle, half = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64) / 2
     corners = np.concatenate([middle - half, middle + half], 1).clip(0, 1) * (*size, *size)
     found = []
-    for score, corner in zip(scores.tolist(), np.rint(np.nan_to_num(corners)).astype(int).tolist(), strict=True):
+    for score, corner in zip(scores.tolist(), np.rint(corners).astype(int).tolist(), strict=True):
         left, top, right, bottom = corner
         rounded = round(score, 3)
         if rounded >= min_score and right > left and bottom > top:
