@@ -22,6 +22,8 @@ from bclip_fast.errors import UserError, choices
 ALL = "all"
 _ALIASES = {"p": "kind_p"}
 _MAX_LENGTH = 2000
+# and, or and not inside one another. Each level takes several calls, here and in ast.unparse.
+_MAX_DEPTH = 100
 _COMPARISONS = {ast.Eq: "==", ast.NotEq: "!=", ast.Lt: "<", ast.LtE: "<=", ast.Gt: ">", ast.GtE: ">="}
 
 
@@ -93,13 +95,15 @@ class _Nulls(ast.NodeTransformer):
         return ast.Constant(None) if node.id == "null" else node
 
 
-def _check(text: str, node: ast.expr) -> None:
+def _check(text: str, node: ast.expr, depth: int = 0) -> None:
     """Raise UserError if a part of the expression isn't allowed."""
+    if depth > _MAX_DEPTH:
+        raise UserError(f"a filter with and, or, not nested more than {_MAX_DEPTH} deep is too deep; write it flatter")
     if isinstance(node, ast.BoolOp):
         for value in node.values:
-            _check(text, value)
+            _check(text, value, depth + 1)
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
-        _check(text, node.operand)
+        _check(text, node.operand, depth + 1)
     elif isinstance(node, ast.Compare):
         operands = [node.left, *node.comparators]
         for left, operator, right in zip(operands, node.ops, operands[1:], strict=False):

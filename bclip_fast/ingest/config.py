@@ -96,7 +96,9 @@ class IngestConfig:
             "max_shard_megabytes": (self.max_shard_megabytes >= 1, "at least 1"),
         }
         if self.filter:
-            filters.parse(self.filter)
+            columns = filters.parse(self.filter).columns
+            if not self.kinds and (needed := [name for name in columns if name in ("kind", "kind_p", "kind_by")]):
+                raise UserError(f"filter {self.filter!r} reads the column {needed[0]}, which needs --kinds; add it")
         for name, (is_valid, valid_range) in checks.items():
             if not is_valid:
                 raise UserError(f"{name}={getattr(self, name)} is out of range; it must be {valid_range}")

@@ -129,6 +129,8 @@ def run(config: LabelConfig) -> None:
     description = read_description(open_storage(root))
     if not (root / MANIFEST).is_file():
         raise UserError(f"{root / MANIFEST} is missing; copy it, or build the dataset again")
+    if config.filter not in ("", filters.ALL):
+        filters.parse(config.filter).check_columns([*_columns(root / MANIFEST), *COLUMNS], str(root / MANIFEST))
     prompts = _read_prompts(config.prompts) if config.prompts else ""
     labeller = Labeller(config.model, prompts, config.batch_size, config.device)
     if config.model:
@@ -143,9 +145,22 @@ def run(config: LabelConfig) -> None:
             except OSError:
                 raise UserError(f"{root}: another process labels this dataset; wait for it or end it") from None
             _label(config, labeller, description, work)
-        shutil.rmtree(work, ignore_errors=True)
+            # Under the lock, so another process that begins now does not lose its files.
+            shutil.rmtree(work, ignore_errors=True)
     if config.filter:
         record_filter(root, config.filter)
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of a manifest's columns."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names: list[str] = pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}; copy it again, or build again") from None
+    return names
 
 
 def _read_prompts(path: Path) -> str:
@@ -246,6 +261,8 @@ def zero_shot(labeller: Labeller, samples: Iterator[Sample | None]) -> Iterator[
                     embeddings = model.encode_image(torch.stack([*pixels.values()]).to(device))
                     logits = scale * torch.nn.functional.normalize(embeddings) @ classes.T
                 rows = logits.double().softmax(1).cpu()
+                if not rows.isfinite().all():
+                    raise UserError(f"model={labeller.model} gives values that are not finite; take other weights")
                 for i, row in zip(pixels, rows, strict=True):
                     best = int(row.argmax())
                     results[i] = names[best], round(float(row[best]), 4)

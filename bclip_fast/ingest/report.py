@@ -17,7 +17,7 @@ import tyro
 
 from bclip_fast.data.shards.format import read_description
 from bclip_fast.data.storage import LocalStorage, ReadConfig
-from bclip_fast.errors import UserError
+from bclip_fast.errors import UserError, first_line
 from bclip_fast.html.page import environment, thumbnail
 from bclip_fast.io.atomic import write_text
 
@@ -50,12 +50,19 @@ class ReportConfig:
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page. Raises UserError if the dataset is missing, or if ingest didn't build it."""
+    """Write the page. Raises UserError if the dataset is missing or damaged, or if ingest didn't build it."""
+    import pyarrow as pa
+
     description = read_description(LocalStorage(config.dataset, ReadConfig()))
     if "ingest" not in description:
         raise UserError(f"{config.dataset}: was not built by `bclip ingest build`; only such datasets have a report")
     out = config.out or config.dataset / "report.html"
-    write_text(out, page(config, description))
+    try:
+        text = page(config, description)
+    except (pa.ArrowException, OSError, KeyError) as error:
+        path = config.dataset / "manifest.parquet"
+        raise UserError(f"{path} or a shard that it names can't be read: {first_line(error)}; copy it again") from None
+    write_text(out, text)
     log.info("wrote %s", out)
 
 

@@ -83,6 +83,7 @@ def test_filter_selects_rows(text, expected):
         ("kind ==", "not an expression: invalid syntax"),
         ("(" * 500 + "kind" + ")" * 500, "not an expression"),
         ("not " * 100 + "retracte", "no column retracte; did you mean retracted"),
+        ("not " * 400 + "retracted", "nested more than 100 deep"),
         ("kind == 'ct' " * 300, "too long"),
         ("knd == 'ct'", "no column knd; did you mean kind"),
         ("colour == 1", "no column colour; choose one of kind, kind_p"),

@@ -158,6 +158,10 @@ def test_config_flags_are_parsed_and_checked():
     for flags in (["--jpeg_quality", "0"], ["--val_fraction", "0.6", "--test_fraction", "0.5"], ["--workers", "-1"]):
         with pytest.raises(UserError, match="out of range"):
             parse(IngestConfig, ["in", "-o", "out", *flags], prog="bclip ingest build")
+    # Before the articles are read.
+    with pytest.raises(UserError, match="reads the column kind_p, which needs --kinds"):
+        IngestConfig("in", Path("out"), filter="year > 2000 and p > 0.5")
+    assert IngestConfig("in", Path("out"), filter="year > 2000 and p > 0.5", kinds=True).kinds
 
 
 def test_token_counts_equal_those_of_the_model(shared_data):

@@ -96,3 +96,20 @@ def test_report_is_complete_and_harmless(dataset):
     assert re.search(r"<td>articles</td><td class=\"num\">12</td>", page)
     # Half of the captions have 300 words, which exceeds both limits.
     assert page.count("50.0% of the captions fit in") == 2
+
+
+def test_report_of_a_damaged_dataset_is_an_error_in_one_line(dataset, capsys):
+    manifest = dataset / "manifest.parquet"
+    table = pq.read_table(manifest)
+
+    def message() -> str:
+        assert main(["ingest", "report", str(dataset)]) == 2
+        return capsys.readouterr().err
+
+    pq.write_table(table.drop_columns(["shard"]), manifest)
+    assert "can't be read: 'shard'" in message()
+    manifest.write_bytes(b"PAR1")
+    assert "manifest.parquet or a shard that it names can't be read" in message()
+    manifest.unlink()
+    assert "manifest.parquet or a shard that it names can't be read" in message()
+    assert not (dataset / "report.html").exists()

@@ -53,6 +53,27 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+_TWO_KINDS = 'templates = [{}]\n[a]\nnames = [{}]\n[b]\nnames = ["y"]\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (_TWO_KINDS.format("1", '"x"'), "templates that contain"),
+        (_TWO_KINDS.format('"{}"', '""'), "the kind 'a' has no names, or an empty one"),
+        ("templates = " + "[" * 5000 + "]" * 5000, "not a file of kinds"),
+    ],
+)
+def test_wrong_files_of_kinds_are_errors(text, message):
+    with pytest.raises(UserError, match=message):
+        read_taxonomy(text, "FILE")
+
+
+def test_only_empty_braces_of_a_template_are_replaced():
+    text = _TWO_KINDS.format('"{} {0.__class__} {:>9999999999} {"', '"x"')
+    assert read_taxonomy(text, "FILE").prompts()[0] == ["x {0.__class__} {:>9999999999} {"]
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 900), (900, 2), (8, 8), (317, 200)])
 def test_features_are_integers_of_any_image(size):
     features = features_of(picture(0, size), "Figure 1. A: CT scan (b) axial.")

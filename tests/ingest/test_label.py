@@ -182,7 +182,7 @@ def test_recorded_filter_selects_and_is_removed(folder, tmp_path, caplog):
     assert read_tree(data)["dataset.json"] == read_tree(folder)["dataset.json"]
 
 
-def test_wrong_arguments_are_errors(folder, tmp_path):
+def test_wrong_arguments_are_errors(folder, tmp_path, monkeypatch):
     data = copied(folder, tmp_path)
     bad = tmp_path / "bad.toml"
     bad.write_text("templates = []\n[a]\nnames = ['a']\n[b]\nnames = ['b']\n")
@@ -193,6 +193,13 @@ def test_wrong_arguments_are_errors(folder, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             run(LabelConfig(data, **options))
+    # Before the images are read, so a slip costs no time.
+    monkeypatch.setattr("bclip_fast.ingest.label._label", lambda *args: pytest.fail("the dataset was labelled"))
+    with pytest.raises(UserError, match="no column colour"):
+        run(LabelConfig(data, filter="colour == 1 and p > 0.5"))
+    (data / "manifest.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match="cannot be read"):
+        run(LabelConfig(data, filter="p > 0.5"))
     for options, message in [
         ({"prompts": bad}, "needs --model"),
         ({"filter": "kind ="}, "not an expression"),
@@ -203,3 +210,15 @@ def test_wrong_arguments_are_errors(folder, tmp_path):
     (data / "manifest.parquet").unlink()
     with pytest.raises(UserError, match="is missing"):
         run(LabelConfig(data))
+
+
+def test_model_without_finite_values_is_an_error(folder, monkeypatch):
+    class Model:
+        def encode_image(self, pixels):
+            return torch.full((len(pixels), 4), torch.nan)
+
+    parts = (Model(), lambda image: torch.zeros(3), torch.eye(18, 4), torch.tensor(1.0), torch.device("cpu"))
+    monkeypatch.setattr("bclip_fast.ingest.label._model", lambda labeller: parts)
+    (sample,) = open_dataset(str(folder), "train").fetch([0])()
+    with pytest.raises(UserError, match="model=broken gives values that are not finite"):
+        list(label.zero_shot(label.Labeller("broken"), iter([sample])))

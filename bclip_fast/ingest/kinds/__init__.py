@@ -41,14 +41,16 @@ class Taxonomy:
 
     def prompts(self) -> list[list[str]]:
         """Return the zero-shot prompts of each kind."""
-        return [[template.format(name) for template in self.templates for name in kind.names] for kind in self.kinds]
+        return [
+            [template.replace("{}", name) for template in self.templates for name in kind.names] for kind in self.kinds
+        ]
 
 
 def read_taxonomy(text: str, source: str) -> Taxonomy:
     """Return the taxonomy in a TOML text. Raises UserError, which names `source`."""
     try:
         values = tomllib.loads(text)
-        templates = tuple(values.pop("templates"))
+        templates = tuple(map(str, values.pop("templates")))
         kinds = tuple(
             Kind(
                 name,
@@ -60,14 +62,14 @@ def read_taxonomy(text: str, source: str) -> Taxonomy:
             )
             for name, table in values.items()
         )
-    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{source} is not a file of kinds: {error!r}; it needs templates, and a table with names for each kind"
         ) from None
     if len(kinds) < 2 or not templates or any("{}" not in template for template in templates):
         raise UserError(f"{source} needs at least two kinds, and templates that contain {{}}")
-    if empty := [kind.name for kind in kinds if not kind.names]:
-        raise UserError(f"{source}: the kind {empty[0]} has no names")
+    if empty := [kind.name for kind in kinds if not (kind.name and kind.names and all(kind.names))]:
+        raise UserError(f"{source}: the kind {empty[0]!r} has no names, or an empty one")
     return Taxonomy(kinds, templates)
 
 
