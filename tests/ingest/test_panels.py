@@ -287,12 +287,12 @@ def test_split_panels_labelled_composites_precision_and_recall(shared_data, grou
     """The figures were chosen at random among those whose captions name panels. `docs/ingest.md` tells how they are
     labelled.
     """
-    figures = [row for row in LABELS if row["set"].startswith(group)] or LABELS[::16]
+    figures = [row for row in LABELS if row["set"].startswith(group)] or LABELS[::27]
     results = panel_benchmark.measure(shared_data / "pmc_articles", figures)
     precision, recall, num_right, num_emitted, num_labelled = panel_benchmark.precision_and_recall(results)
     print(f"{num_right} of {num_emitted} panels are right ({precision=:.3f}), {num_labelled} labelled ({recall=:.3f})")
     assert precision >= 0.95
-    assert recall >= (0.5 if group == "some" else 0.6)  # some are 13 figures, 50 panels
+    assert recall >= 0.6
 
 
 def test_panel_benchmark_counts_wrong_boxes_and_texts(shared_data, tmp_path):
