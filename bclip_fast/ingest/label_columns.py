@@ -28,8 +28,8 @@ def is_labelled(path: Path, name: str, description: dict[str, Any]) -> bool:
         with pq.ParquetFile(path) as file:
             if file.metadata.num_rows != num_pairs:
                 raise UserError(
-                    f"{path} has {file.metadata.num_rows} rows, but the dataset has {num_pairs} pairs; copy it again, or "
-                    "build the dataset again"
+                    f"{path} has {file.metadata.num_rows} rows, but the dataset has {num_pairs} pairs; copy it again, "
+                    "or build the dataset again"
                 )
             if not set(COLUMNS) <= set(file.schema_arrow.names):
                 return False

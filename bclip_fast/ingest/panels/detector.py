@@ -110,7 +110,7 @@ class PanelDetector:
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        self.device = torch.device(device)
+        self.folder, self.device = folder, torch.device(device)
         self.preprocessing = read_preprocessing(folder / FILES[1])
         self.model = _read_model(folder).eval().requires_grad_(False).to(self.device)
 
@@ -141,7 +141,7 @@ class PanelDetector:
         scores = output.logits.float().sigmoid().amax(-1).cpu().numpy()
         boxes = output.pred_boxes.float().cpu().numpy()
         if not (np.isfinite(scores).all() and np.isfinite(boxes).all()):
-            raise UserError(f"panel_model={self.name} gives values that are not finite; its weights are damaged")
+            raise UserError(f"panel_model={self.folder} gives values that are not finite; its weights are damaged")
         return [
             _detections(each, box, image.size, min_score)
             for each, box, image in zip(scores, boxes, images, strict=True)
