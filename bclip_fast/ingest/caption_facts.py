@@ -91,7 +91,10 @@ def _rules() -> dict[str, Any]:
 
 @functools.cache
 def _detector() -> Any:
-    """Return the detector of py3langid, whose model is a file of the installed package."""
+    """Return the detector of py3langid, whose model is a file of the installed package.
+
+    Release 0.4 has another model, whose probabilities mean something else. The rules are measured with 0.3.
+    """
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     detector = LanguageIdentifier.from_pickled_model(MODEL_FILE, norm_probs=True)
