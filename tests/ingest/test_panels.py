@@ -47,8 +47,8 @@ from bclip_fast.ingest.panels.regions import overlap
             {"A": "Counts of cells", "B": "Counts of nuclei.", "C": "Sizes of those in (A)."},
         ),
         (
-            "Oxygen (A) without drug (a) or with it (b); water (B) likewise.",
-            {"A": "Oxygen without drug (a) or with it (b)", "B": "water likewise."},
+            "Oxygen (A) without drug (a) or with it (b); water (B) alone.",
+            {"A": "Oxygen without drug (a) or with it (b)", "B": "water alone."},
         ),
         (
             "(A) Blot of nuclear (N) and other (C) parts. (B) Cells.",

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from bclip_fast.data.shards.positives import connect
+
 from .glyphs import CLASSES, SAME_FORMS, normalised_glyph, probabilities
 
 Box = tuple[int, int, int, int]
@@ -188,7 +190,7 @@ def connected_areas(ink: np.ndarray) -> Areas:
     above = np.repeat(np.arange(len(rows)), counts)
     offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     below = np.repeat(first, counts) + offsets
-    labels = _connected(len(rows), above, below)
+    labels = connect(np.arange(len(rows)), above, below)
     roots, numbers = np.unique(labels, return_inverse=True)
     boxes = np.empty((len(roots), 4), np.int64)
     boxes[:, :2], boxes[:, 2:] = max(height, width), 0
@@ -201,17 +203,3 @@ def connected_areas(ink: np.ndarray) -> Areas:
     columns = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths) + np.repeat(starts, lengths)
     image[np.repeat(rows, lengths), columns] = np.repeat(numbers, lengths)
     return Areas(boxes, image)
-
-
-def _connected(num: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return the lowest number of each node's component, given edges between nodes."""
-    labels = np.arange(num)
-    while True:
-        left, right = labels[first], labels[second]
-        lowest = np.minimum(left, right)
-        if (left == right).all():
-            return labels
-        np.minimum.at(labels, left, lowest)
-        np.minimum.at(labels, right, lowest)
-        while (labels[labels] != labels).any():
-            labels = labels[labels]

@@ -181,7 +181,7 @@ class _Divider:
     known: dict[tuple[Box, tuple[str, ...]], _Way | None] = field(default_factory=dict)
 
     def best(self, box: Box, seeds: tuple[Seed, ...]) -> _Way | None:
-        """Return the best way to divide a box, None if there is none. Seeds are in pixels of the page."""
+        """Return the best way to divide a box, or None if nothing divides it. Seeds are in pixels of the page."""
         shrunk = self.page.shrunk(box)
         if shrunk is None:
             return None
