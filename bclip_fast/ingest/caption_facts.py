@@ -64,7 +64,7 @@ def detected_language(text: str) -> str:
     rules = _rules()
     if len(_LETTERS.findall(text)) < rules["language_min_words"]:
         return ""
-    language, probability = _detector().classify(text[:_MAX_DETECTED])
+    language, probability = language_detector().classify(text[:_MAX_DETECTED])
     return str(language) if probability >= rules["language_min_probability"] else ""
 
 
@@ -90,7 +90,7 @@ def _rules() -> dict[str, Any]:
 
 
 @functools.cache
-def _detector() -> Any:
+def language_detector() -> Any:
     """Return the detector of py3langid, whose model is a file of the installed package.
 
     Release 0.4 has another model, whose probabilities mean something else. The rules are measured with 0.3.

@@ -18,13 +18,13 @@ from bclip_fast.io.file_names import printable
 
 from .articles import ArticleArchive, ArticleFiles, FetchError, Package, SourceError
 from .box_files import read_boxes
-from .caption_facts import caption_facts
+from .caption_facts import caption_facts, language_detector
 from .discovery import open_package
 from .image_formats import num_pixels
 from .image_names import ImageNames
 from .jats import Article, JatsError, read_article, split
 from .jats_figures import Figure
-from .kinds.classifier import kind_columns
+from .kinds.classifier import classifier, kind_columns
 from .licences import Licence, with_metadata
 from .mentions import MAX_SENTENCE, Mentions
 from .panels import split_caption, split_panels
@@ -60,8 +60,12 @@ def process(package: Package, options: Options, make: Any = None) -> Iterator[Ev
     if package.kind == "unread":
         yield Reject("", "", printable(package.name), package.items[0])
         return
+    # A broken tokenizer, detector or classifier ends the run, not each article.
+    language_detector()
     if options.tokenizer:
-        _token_counter(options.tokenizer)  # a broken tokenizer ends the run, not each article
+        _token_counter(options.tokenizer)
+    if options.kinds:
+        classifier()
     try:
         with open_articles(package, options) as archive:
             for files in archive.articles():

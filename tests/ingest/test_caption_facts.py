@@ -7,7 +7,9 @@ import json
 
 import pytest
 
+from bclip_fast.ingest.build import build
 from bclip_fast.ingest.caption_facts import BOILERPLATE, NEAR_EMPTY, caption_facts, detected_language, quality
+from bclip_fast.ingest.config import IngestConfig
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,14 @@ def test_real_english_captions_are_rarely_marked(shared_data):
     languages = [each["caption_language"] for each in facts]
     assert languages.count("en") > 0.85 * len(facts)
     assert sum(language not in ("en", "") for language in languages) < 0.005 * len(facts)
+
+
+def test_broken_detector_ends_the_build_and_rejects_no_article(tmp_path, monkeypatch):
+    def broken() -> None:
+        raise AttributeError("another release")
+
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.nxml").write_text("<article/>")
+    monkeypatch.setattr("bclip_fast.ingest.extract.language_detector", broken)
+    with pytest.raises(AttributeError, match="another release"):
+        build(IngestConfig(str(tmp_path / "in"), tmp_path / "out", workers=1))
